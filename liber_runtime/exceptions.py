@@ -1,0 +1,29 @@
+"""Every error LIBER raises on purpose: one line that names the value and the fix."""
+
+
+class LiberError(Exception):
+    """Base of all errors a user can meet; its text is meant to be read by that user."""
+
+
+class InvalidInputError(LiberError, ValueError):
+    """A value that came from outside is unusable (an id, a line of a log, a request)."""
+
+
+class ConfigurationError(LiberError):
+    """Settings, files or installed packages do not fit together."""
+
+
+class StoreError(LiberError):
+    """The memory store cannot do what was asked; nothing was half-written."""
+
+
+class ServerError(LiberError):
+    """The Triton server did not start, or did not do what was asked of it."""
+
+
+class ScoringError(LiberError):
+    """A scoring or encoding call failed; `status` holds the gRPC status name (e.g. ``INVALID_ARGUMENT``)."""
+
+    def __init__(self, message: str, status: str = "UNKNOWN") -> None:
+        super().__init__(message)
+        self.status = status
