@@ -211,6 +211,13 @@ class MemoryStore(Protocol):
         """Gives claims back: ready again after `retry_seconds`, or dead with `error` when that is None."""
         ...
 
+    def reencode(self, fingerprint: str) -> int:
+        """Makes the representation step ready again for every vector with another fingerprint; returns how many.
+
+        The old vector is kept until the new one is committed. Texts are not touched and no writer is called.
+        """
+        ...
+
     def read(self, user_ids: Sequence[str], history: int, partitions: int) -> list[UserMemory | None]:
         """What scoring needs, in the order of `user_ids`; None for a user of whom nothing is held.
 

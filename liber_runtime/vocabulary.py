@@ -1,0 +1,107 @@
+"""From raw ids and attributes to the indices a backbone was trained on; fitted by `builders.vocabulary`.
+
+Index 0 is everywhere the out-of-vocabulary row: unknown, missing or padding.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+
+from liber_runtime.behavior import Attributes, AttributeValue
+from liber_runtime.exceptions import ConfigurationError
+
+
+class Field(pydantic.BaseModel, frozen=True):
+    """One attribute of a user or an item and how it becomes indices.
+
+    Attributes:
+        name: of the attribute.
+        kind: ``category`` (one of `values`), ``categories`` (several of them), ``number`` (bucketed by `boundaries`).
+        values: known categories; `values[i]` has index i + 1.
+        boundaries: ascending; a number has index 1 + (how many boundaries are <= it).
+        width: indices per row: 1, or the most categories an item has.
+    """
+
+    name: str
+    kind: Literal["category", "categories", "number"]
+    values: tuple[str, ...] = ()
+    boundaries: tuple[float, ...] = ()
+    width: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of distinct indices, the out-of-vocabulary row included."""
+        return len(self.boundaries) + 2 if self.kind == "number" else len(self.values) + 1
+
+    @functools.cached_property
+    def _index(self) -> dict[str, int]:
+        return {value: index for index, value in enumerate(self.values, start=1)}
+
+    def indices(self, value: AttributeValue | None) -> list[int]:
+        """`width` indices for one value; categories beyond the width are dropped, missing ones are 0."""
+        if value is None:
+            return [0] * self.width
+        if self.kind == "number":
+            try:
+                number = float(value)  # type: ignore[arg-type]
+            except (TypeError, ValueError):
+                return [0]
+            return [0] if number != number else [1 + bisect.bisect_right(self.boundaries, number)]
+        values = value if isinstance(value, tuple) else (str(value),)
+        if self.kind == "category":
+            return [self._index.get(" ".join(values), 0)]
+        known = [self._index[each] for each in values if each in self._index][: self.width]
+        return known + [0] * (self.width - len(known))
+
+
+class Vocabulary(pydantic.BaseModel, frozen=True):
+    """Every mapping that training and serving must share.
+
+    Attributes:
+        items: ids of the catalogue; `items[i]` has item index i + 1.
+        user_fields: profile attributes a backbone reads.
+        item_fields: item attributes a backbone reads (the builder bakes them into the exported graph).
+        feedback: buckets of the feedback of past behaviors.
+    """
+
+    items: tuple[str, ...]
+    user_fields: tuple[Field, ...]
+    item_fields: tuple[Field, ...]
+    feedback: Field
+
+    @functools.cached_property
+    def _item_index(self) -> dict[str, int]:
+        return {item: index for index, item in enumerate(self.items, start=1)}
+
+    def item_indices(self, item_ids: Sequence[str]) -> npt.NDArray[np.int32]:
+        """int32[N]: item indices, 0 for ids outside the catalogue."""
+        index = self._item_index
+        return np.fromiter((index.get(item_id, 0) for item_id in item_ids), dtype=np.int32, count=len(item_ids))
+
+    def profile_indices(self, profile: Attributes) -> list[int]:
+        """One index per user field."""
+        return [field.indices(profile.get(field.name))[0] for field in self.user_fields]
+
+    def feedback_indices(self, feedback: Sequence[float]) -> npt.NDArray[np.int32]:
+        """int32[N]: feedback buckets, from 1."""
+        return (1 + np.searchsorted(self.feedback.boundaries, feedback, side="right")).astype(np.int32)
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Reads `vocabulary.json` of a bundle.
+
+        Raises:
+            ConfigurationError: missing or not a vocabulary.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, pydantic.ValidationError) as error:
+            raise ConfigurationError(f"vocabulary {path} cannot be read ({error}); build the bundle again") from None
