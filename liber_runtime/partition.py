@@ -121,7 +121,9 @@ class InterestDrift:
 
     def __post_init__(self) -> None:
         if not 0 < self.distance <= 2:
-            raise ConfigurationError(f"interest drift: distance {self.distance!r} must lie in (0, 2], a cosine distance")
+            raise ConfigurationError(
+                f"interest drift: distance {self.distance!r} must lie in (0, 2], a cosine distance"
+            )
         if self.least < 1 or self.first < 1:
             raise ConfigurationError(f"interest drift: least={self.least}, first={self.first} must be at least 1")
 
@@ -284,7 +286,11 @@ def _build(node: ast.expr) -> PartitionCondition:
 
 
 def _require_positive(name: str, seconds: float) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not (seconds > 0 and math.isfinite(seconds)):
+    if (
+        isinstance(seconds, bool)
+        or not isinstance(seconds, int | float)
+        or not (seconds > 0 and math.isfinite(seconds))
+    ):
         raise ConfigurationError(f"{name}({seconds!r}): seconds must be a positive number")
 
 
