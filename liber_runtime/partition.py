@@ -238,7 +238,8 @@ def stream(
         cut = condition.boundary(pending, last_partition)
         if not 0 <= cut <= len(pending):
             raise ConfigurationError(
-                f"partition condition {condition} cut {cut} of a cache of {len(pending)}; it must return 0 to {len(pending)}"
+                f"partition condition {condition} cut {cut} behaviors of a cache of {len(pending)}; "
+                "it must return a number from 0 to the cache's length"
             )
         if cut:
             partitions.append(tuple(pending[:cut]))

@@ -15,8 +15,8 @@ from liber_runtime.exceptions import InvalidInputError
 from liber_runtime.interest import Prompt, ShiftPrompt, SummaryPrompt, bounded, clean
 from liber_runtime.writers import Completion
 
-MAX_LINES_PER_FACET = 8
-MAX_NAMED_ITEMS = 4
+MAX_LINES_PER_FACET = 6
+MAX_NAMED_ITEMS = 3
 MAX_CHANGES_PER_KIND = 4
 
 LEAST_SUPPORT = 2
