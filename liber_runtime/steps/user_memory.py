@@ -32,9 +32,9 @@ class UserMemoryStep:
 
     Outputs, per request: ``item_index`` int32[1,N], ``history_item`` and ``history_feedback`` int32[1,U,T],
     ``history_length`` int32[1,U], ``profile`` int32[1,U,P], ``representations`` float32[1,U,J,d],
-    ``partition_mask`` bool[1,U,J] (J is at least 1: Triton moves no empty tensors), ``unknown_users`` and
-    ``unknown_items`` int32[1,1]. A user of whom nothing is held has an empty history and no partitions; an item
-    outside the catalogue has index 0. Both are scored, and counted.
+    ``partition_mask`` bool[1,U,J] (J is at least 1: Triton moves no empty tensors), ``user_known`` bool[1,U] and
+    ``item_known`` bool[1,N]. A user of whom nothing is held has an empty history and no partitions; an item outside
+    the catalogue has index 0. Both are scored, and marked as not known.
     """
 
     inputs = ("user_id", "item_id", "user_index")
@@ -94,8 +94,8 @@ class UserMemoryStep:
             [self._vocabulary.profile_indices(memory.profile if memory else {}) for memory in held], dtype=np.int32
         )
         outcome["item_index"] = item_index
-        outcome["unknown_items"] = np.array([np.count_nonzero(item_index == 0)], dtype=np.int32)
-        outcome["unknown_users"] = np.array([sum(memory is None for memory in held)], dtype=np.int32)
+        outcome["item_known"] = item_index > 0
+        outcome["user_known"] = np.array([memory is not None for memory in held])
         return {name: array[np.newaxis] for name, array in outcome.items()}
 
     def _history(self, held: Sequence[UserMemory | None]) -> dict[str, npt.NDArray[Any]]:
