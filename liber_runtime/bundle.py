@@ -19,11 +19,12 @@ MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 TOKENIZER = "tokenizer.json"
 ENCODER = "encoder.onnx"
+ENCODER_SPEC = "encoder.json"
 PCA = "pca.onnx"
 FUSER = "fuser.onnx"
 BACKBONE = "backbone.onnx"
 
-PARTS = (VOCABULARY, TOKENIZER, ENCODER, PCA, FUSER, BACKBONE)
+PARTS = (VOCABULARY, TOKENIZER, ENCODER, ENCODER_SPEC, PCA, FUSER, BACKBONE)
 """Files of a bundle beside its manifest."""
 
 
@@ -47,6 +48,21 @@ class EncoderSpec(pydantic.BaseModel, frozen=True):
     start_id: int
     end_id: int
     pad_id: int
+
+    @classmethod
+    def load(cls, directory: Path) -> EncoderSpec:
+        """Reads the specification that lies beside an exported encoder.
+
+        Raises:
+            ConfigurationError: missing or not a specification.
+        """
+        try:
+            return cls.model_validate_json((directory / ENCODER_SPEC).read_bytes())
+        except (OSError, pydantic.ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigurationError(
+                f"{directory / ENCODER_SPEC} cannot be read ({reason}); run `liber build`"
+            ) from None
 
 
 class Manifest(pydantic.BaseModel, frozen=True):

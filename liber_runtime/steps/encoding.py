@@ -14,9 +14,6 @@ from liber_runtime.settings import load_settings
 from liber_runtime.steps.backend import Outcome, Tensors
 from liber_runtime.steps.session import OnnxSession
 
-ENCODER_SPEC = "encoder.json"
-"""`EncoderSpec` as it lies beside the tokenizer in a model version."""
-
 
 class TokenizerStep:
     """summary BYTES[B], shift BYTES[B] -> input_ids and attention_mask int64[C,L], chunk_owner int64[C].
@@ -45,7 +42,7 @@ class TokenizerStep:
             raise ConfigurationError(f"tokenizer {path} cannot be read ({error}); build the bundle again") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer, EncoderSpec.model_validate_json((directory / ENCODER_SPEC).read_bytes()))
+        return cls(tokenizer, EncoderSpec.load(directory))
 
     def run(self, batch: Sequence[Tensors]) -> list[Outcome]:
         """See `Step.run`."""
