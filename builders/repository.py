@@ -7,7 +7,6 @@ that a running server switches from one bundle to the next as a whole.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from builders.bundle import place_file
 from liber_runtime.bundle import (
     BACKBONE,
     ENCODER,
@@ -106,16 +106,8 @@ def _add_version(source: Path, model: Path, parts: Sequence[str], version: int) 
     building.mkdir(parents=True)
     shutil.copyfile(DESCRIPTION / model.name / "1" / "model.py", building / "model.py")
     for part in parts:
-        _link(source / part, building / part)
+        place_file(source / part, building / part)
     building.rename(model / str(version))
-
-
-def _link(source: Path, target: Path) -> None:
-    """Links where the file system can: an encoder of 400 MB is then there once, not once per version."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _write(path: Path, text: str) -> None:
