@@ -12,8 +12,9 @@ import hashlib
 import itertools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ from builders.pca import fingerprint as fingerprint_of
 from builders.pca import fit_pca
 from builders.replay import Samples, Split, replay
 from builders.replay import split as split_samples
-from builders.train import Index, TrainingData, TrainingResult, TrainingSettings, train
+from builders.train import EpochResult, Index, TrainingData, TrainingResult, TrainingSettings, train
 from builders.vocabulary import Fit, fit
 from liber_runtime import __version__
 from liber_runtime.behavior import Behavior
@@ -76,7 +77,7 @@ class BuildSettings:
     max_partitions: int = 40
     minimum: int = 20
     seed: int = 1
-    training: TrainingSettings = TrainingSettings()
+    training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
 @dataclass(frozen=True)
@@ -134,22 +135,23 @@ def fit_representations(
     texts = _stored_texts(store)
     cache = EmbeddingCache(directory / "embeddings.db", spec)
     try:
-        embed(directory, [pair for pair, _ in texts.values()], cache)
         before_test = samples.partitions_before(int(split.test[0]))
         boundaries = samples.boundaries
         training = [
-            texts[key][0]
+            texts[key].pair
             for user, number in zip(boundaries.user[before_test], boundaries.number[before_test], strict=True)
             if (key := (samples.user_ids[user], int(number))) in texts
         ]
+        embed(directory, training, cache)
         _fit_pca_once(cache, training, spec, directory, settings.dimension)
         fingerprint = fingerprint_of(spec, directory / PCA)
+        embed(directory, [each.pair for each in texts.values() if each.fingerprint != fingerprint], cache)
         store.reencode(fingerprint)
         with progress("project and keep vectors", None) as advance:
             _drain(Worker(store, None, CachedEncoder(cache, directory / PCA, fingerprint)), advance)
     finally:
         cache.close()
-    writers = tuple(sorted({writer for _, names in texts.values() for writer in names}))
+    writers = tuple(sorted({writer for each in texts.values() for writer in each.writers}))
     return Knowledge(directory, spec, fingerprint, writers)
 
 
@@ -223,12 +225,11 @@ def train_once(
     path = directory / f"{name}.pt"
     key = _digest_training(model, data, settings)
     if path.is_file():
-        kept = torch.load(path, weights_only=False)
+        kept = torch.load(path, weights_only=True)
         if kept["key"] == key:
             model.load_state_dict(kept["weights"])
             model.eval()
-            result: TrainingResult = kept["result"]
-            return result
+            return _restore_result(kept["result"])
     with progress(f"train {name}", len(split.train) * settings.training.max_epochs) as advance:
         reached = 0
 
@@ -243,7 +244,7 @@ def train_once(
         )
     directory.mkdir(parents=True, exist_ok=True)
     building = path.with_suffix(".building")
-    torch.save({"key": key, "weights": model.state_dict(), "result": result}, building)
+    torch.save({"key": key, "weights": model.state_dict(), "result": asdict(result)}, building)
     building.replace(path)
     return result
 
@@ -325,16 +326,27 @@ def _drain(worker: Worker, advance: Advance) -> None:
         )
 
 
-def _stored_texts(store: MemoryStore) -> dict[tuple[str, int], tuple[Pair, frozenset[str]]]:
-    """(user, partition number) -> (summary, shift) and their writers, of partitions whose texts are complete."""
-    texts: dict[tuple[str, int], tuple[Pair, frozenset[str]]] = {}
+@dataclass(frozen=True)
+class _StoredTexts:
+    """A partition's texts, their authors, and what its vector was made by ("" if it has none)."""
+
+    pair: Pair
+    writers: frozenset[str]
+    fingerprint: str
+
+
+def _stored_texts(store: MemoryStore) -> dict[tuple[str, int], _StoredTexts]:
+    """By user and partition number, the partitions whose texts are complete."""
+    texts: dict[tuple[str, int], _StoredTexts] = {}
     for user in store.users():
         timeline = store.timeline(user)
         for record in timeline.partitions if timeline else ():
             if record.summary and (record.shift or record.number == 1):
-                shift = record.shift.text if record.shift else ""
-                writers = frozenset(text.writer for text in (record.summary, record.shift) if text)
-                texts[user, record.number] = ((record.summary.text, shift), writers)
+                texts[user, record.number] = _StoredTexts(
+                    pair=(record.summary.text, record.shift.text if record.shift else ""),
+                    writers=frozenset(text.writer for text in (record.summary, record.shift) if text),
+                    fingerprint=record.representation.fingerprint if record.representation else "",
+                )
     return texts
 
 
@@ -375,6 +387,10 @@ def _stored_vectors(
                 matrices.append(np.asarray(held))
             start[position] = len(held)
     return np.concatenate(matrices), np.cumsum(start)
+
+
+def _restore_result(kept: dict[str, Any]) -> TrainingResult:
+    return TrainingResult(**{**kept, "epochs": tuple(EpochResult(**epoch) for epoch in kept["epochs"])})
 
 
 def _digest_training(model: Backbone | LiberModel, data: TrainingData, settings: BuildSettings) -> str:
