@@ -1,0 +1,169 @@
+"""What a Triton server needs to be watched: which of its model processes live, which should, and how often to retry.
+
+Triton never restarts a dead stub (the process of one Python model instance): it goes on calling the model ready and
+fails its requests. It never reaps one either, so a stub that ended with a reloaded model and one that crashed are both
+zombies. Hence a model counts as broken only if Triton says it is ready while fewer of its stubs live than its
+configuration asks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import psutil
+
+from liber_runtime.installation import STUB_NAME
+
+_INSTANCE_ARGUMENT = 8
+
+
+@dataclass(frozen=True, order=True)
+class ModelVersion:
+    """One version of one model; `version` as Triton names it, the name of its directory."""
+
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.version}"
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A stub's identity: which model version it runs, and as which instance (e.g. "ctr_backbone_0_1")."""
+
+    model: ModelVersion
+    instance: str
+
+
+def parse_stub(command_line: Sequence[str]) -> Stub | None:
+    """Reads a stub's identity off its command line; None for any other process, a zombie or one not yet started."""
+    if len(command_line) <= _INSTANCE_ARGUMENT or PurePath(command_line[0]).name != STUB_NAME:
+        return None
+    version_directory = PurePath(command_line[1]).parent
+    model = ModelVersion(version_directory.parent.name, version_directory.name)
+    return Stub(model, command_line[_INSTANCE_ARGUMENT])
+
+
+def expected_stubs(model: ModelVersion, configuration: Mapping[str, Any]) -> Counter[Stub]:
+    """The stubs that a loaded model version has while healthy: none unless it is a Python model.
+
+    Args:
+        model: the version.
+        configuration: its configuration as Triton completes it (`GET v2/models/<name>/versions/<version>/config`).
+    """
+    if configuration.get("backend") != "python":
+        return Counter()
+    expected: Counter[Stub] = Counter()
+    for group in configuration["instance_group"]:
+        for index in range(group["count"]):
+            expected[Stub(model, f"{group['name']}_{index}")] += max(1, len(group["gpus"]))
+    return expected
+
+
+class StubWatch:
+    """The stubs of one running server.
+
+    Args:
+        server: the server's process id.
+    """
+
+    def __init__(self, server: int) -> None:
+        self._server = psutil.Process(server)
+        self._living: dict[int, tuple[psutil.Process, Stub]] = {}
+        self._retired: set[int] = set()
+
+    def lost_one(self) -> bool:
+        """Whether a stub seen alive by the last `scan` has ended since. Cheap: looks at these processes only."""
+        return not all(_is_alive(process) for process, _ in self._living.values())
+
+    def scan(self) -> dict[int, Stub]:
+        """Looks at all of the server's children; returns the living stubs by process id, without the retired."""
+        self._living = {}
+        try:
+            children = self._server.children()
+        except psutil.NoSuchProcess:
+            children = []
+        # Triton reaps no stub, so the id of an ended one stays a child's and is not given to another process.
+        self._retired &= {process.pid for process in children}
+        for process in children:
+            stub = _read_stub(process)
+            if stub is not None and process.pid not in self._retired:
+                self._living[process.pid] = (process, stub)
+        return {pid: stub for pid, (_, stub) in self._living.items()}
+
+    def retire(self, processes: Iterable[int]) -> None:
+        """Forgets stubs that a reload has replaced; they take seconds to end and would pass for the new ones."""
+        self._retired.update(processes)
+
+
+def find_broken(expected: Counter[Stub], living: Collection[Stub]) -> Counter[ModelVersion]:
+    """How many stubs each broken model version lacks; empty when all are well."""
+    missing: Counter[ModelVersion] = Counter()
+    for stub, count in (expected - Counter(living)).items():
+        missing[stub.model] += count
+    return missing
+
+
+class Backoff:
+    """Delays that grow while failures keep coming: 0, 0.5, 1, 2, ... seconds.
+
+    Args:
+        window: seconds after which a failure no longer counts.
+        longest: the largest delay, in seconds.
+    """
+
+    def __init__(self, window: float, longest: float) -> None:
+        self._window = window
+        self._longest = longest
+        self._failures: deque[float] = deque()
+
+    def record(self, now: float) -> int:
+        """Notes a failure at `now` (seconds, monotonic) and returns how many lie within the window."""
+        while self._failures and now - self._failures[0] > self._window:
+            self._failures.popleft()
+        self._failures.append(now)
+        return len(self._failures)
+
+    @property
+    def delay(self) -> float:
+        """Seconds to wait after the last failure before the next attempt."""
+        if len(self._failures) <= 1:
+            return 0.0
+        return float(min(self._longest, 0.5 * 2.0 ** min(len(self._failures) - 2, 60)))
+
+
+def end_stubs(shared_memory_prefix: str) -> None:
+    """Kills the stubs of a server that is gone, known by the name of the shared memory they are given."""
+    orphans = [p for p in psutil.process_iter() if _uses_shared_memory(p, shared_memory_prefix)]
+    for process in orphans:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(orphans, timeout=5)
+
+
+def _uses_shared_memory(process: psutil.Process, prefix: str) -> bool:
+    try:
+        command_line = process.cmdline()
+    except psutil.Error:
+        return False
+    return parse_stub(command_line) is not None and command_line[2].startswith(prefix)
+
+
+def _read_stub(process: psutil.Process) -> Stub | None:
+    try:
+        return parse_stub(process.cmdline()) if _is_alive(process) else None
+    except psutil.Error:
+        return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
