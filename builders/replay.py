@@ -108,7 +108,7 @@ class Samples:
         return IndexedSamples(
             item=item_index[self.item],
             sequence_item=item_index[self.sequence_item],
-            sequence_feedback=vocabulary.feedback_indices(self.sequence_feedback),  # type: ignore[arg-type]
+            sequence_feedback=vocabulary.feedback_indices(self.sequence_feedback.tolist()),
             end=self.offsets[self.user] + self.position,
             position=self.position,
         )
