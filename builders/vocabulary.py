@@ -6,6 +6,7 @@ a dict or a set, so the same data give the same vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -123,7 +124,7 @@ def _bucket_boundaries(numbers: Sequence[float]) -> tuple[float, ...]:
 
 
 def _between(distinct: Sequence[float]) -> tuple[float, ...]:
-    return tuple((low + high) / 2 for low, high in zip(distinct[:-1], distinct[1:], strict=True))
+    return tuple((low + high) / 2 for low, high in itertools.pairwise(distinct))
 
 
 def _item_table(dataset: Dataset, vocabulary: Vocabulary, frequent: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
