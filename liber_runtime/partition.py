@@ -77,7 +77,7 @@ class TimeGap:
         return 0
 
     def __str__(self) -> str:
-        return f"time_gap({self.seconds:g})"
+        return f"time_gap({_exact(self.seconds)})"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TimeWindow:
         return 0
 
     def __str__(self) -> str:
-        return f"time_window({self.seconds:g})"
+        return f"time_window({_exact(self.seconds)})"
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def parse_condition(text: str) -> PartitionCondition:
     """
     try:
         return _build(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, TypeError, ValueError, RecursionError) as error:
+    except (SyntaxError, TypeError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise ConfigurationError(
             f"partition condition {text!r:.200} is not understood ({error}); write for example "
             "'count(20)' or 'any_of(count(20), time_gap(1800))' with seconds"
@@ -284,6 +284,11 @@ def _build(node: ast.expr) -> PartitionCondition:
         return _LEAVES[name](node.args[0].value)  # type: ignore[arg-type]
     known = ", ".join(itertools.chain(_LEAVES, _COMBINATIONS))
     raise ValueError(f"no condition is called {name!r}; there are {known}")
+
+
+def _exact(seconds: float) -> str:
+    """Shortest text that reads back as the same number: stores keep conditions as text."""
+    return repr(float(seconds)).removesuffix(".0")
 
 
 def _require_positive(name: str, seconds: float) -> None:
