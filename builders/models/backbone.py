@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from builders.models.fuser import AttentionFuser
 from builders.models.layers import FieldEmbedding
@@ -39,6 +40,7 @@ class ItemEmbedding(nn.Module):
             raise ValueError(
                 f"item_table has {item_table.shape[1]} columns; 1 + {sum(widths)} are needed for the id and {widths}"
             )
+        self.num_embeddings = len(item_table)
         self.widths = widths
         self.id_dropout = id_dropout
         self.output_size = embedding_dim * (1 + len(fields))
@@ -47,13 +49,13 @@ class ItemEmbedding(nn.Module):
         self.fields = nn.ModuleList(FieldEmbedding(field.size, embedding_dim, field.width) for field in fields)
 
     def forward(self, item_index: Tensor) -> Tensor:
-        """int[...] -> float[..., E * (1 + fields)]."""
-        if item_index.numel() < len(self.item_table):
-            rows = self.item_table[item_index]
+        """int[...] in [0, I] -> float[..., E * (1 + fields)]."""
+        if item_index.numel() < self.num_embeddings:
+            rows = functional.embedding(item_index, self.item_table)
             return torch.cat((self.id(self._drop(rows[..., :1])), self._embed_fields(rows)), dim=-1)
         # A batch names an item of a small catalogue many times: embed the attributes of each once, then look up.
-        ids = self._drop(self.item_table[:, :1][item_index])
-        fields = nn.functional.embedding(item_index, self._embed_fields(self.item_table))
+        ids = self._drop(functional.embedding(item_index, self.item_table[:, :1]))
+        fields = functional.embedding(item_index, self._embed_fields(self.item_table))
         return torch.cat((self.id(ids), fields), dim=-1)
 
     def catalogue(self) -> Tensor:
@@ -97,15 +99,17 @@ class Backbone(nn.Module, abc.ABC):
 
     Attributes:
         history_size: T, steps of a padded history.
-        profile_size: P, profile fields.
+        feedback_size: distinct feedback buckets, 0 included.
+        profile_sizes: distinct indices of each of the P profile fields, 0 included.
         interest_size: d, or 0 for a model without LIBER, which then takes no interest.
-        item_embedding: the only reader of item indices (an export replaces it by one table).
+        item_embedding: the only reader of item indices; an export replaces it by a table of the catalogue.
     """
 
     history_size: int
-    profile_size: int
+    feedback_size: int
+    profile_sizes: tuple[int, ...]
     interest_size: int
-    item_embedding: nn.Module
+    item_embedding: ItemEmbedding | nn.Embedding
 
     @abc.abstractmethod
     def forward(

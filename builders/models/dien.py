@@ -67,12 +67,14 @@ class DIEN(Backbone):
     ) -> None:
         super().__init__()
         self.history_size = history_size
-        self.profile_size = len(user_fields)
+        self.feedback_size = feedback.size
+        self.profile_sizes = tuple(field.size for field in user_fields)
         self.interest_size = interest_size
-        self.item_embedding = ItemEmbedding(item_table, item_fields, embedding_dim, id_dropout)
+        item_embedding = ItemEmbedding(item_table, item_fields, embedding_dim, id_dropout)
+        self.item_embedding: ItemEmbedding | nn.Embedding = item_embedding
         self.feedback_embedding = FieldEmbedding(feedback.size, embedding_dim)
         self.profile_embedding = ProfileEmbedding(user_fields, embedding_dim)
-        item_size = self.item_embedding.output_size
+        item_size = item_embedding.output_size
         step_size = item_size + embedding_dim
         self.embedding_dropout = nn.Dropout(embedding_dropout)
         self.extractor = GRU(step_size, hidden_size)
@@ -120,7 +122,8 @@ class DIEN(Backbone):
     def _embed_history(self, item: Tensor, feedback: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Steps float[T, U, S] and their mask bool[T, U]."""
         steps = torch.cat((self.item_embedding(item.t()), self.feedback_embedding(feedback.t().unsqueeze(-1))), dim=-1)
-        return self.embedding_dropout(steps), sequence_mask(length, self.history_size)
+        # One dropout mask for all steps of a row: what is dropped stays unknown to the whole recurrence.
+        return steps * self.embedding_dropout(torch.ones_like(steps[:1])), sequence_mask(length, self.history_size)
 
     def _rank(
         self,
@@ -149,7 +152,7 @@ class DIEN(Backbone):
         """Each state must tell the user's next behavior from another user's, drawn from the batch."""
         if steps.shape[0] < 2:
             return steps.new_zeros(())
-        target = self.query(steps[1:, :, : self.item_embedding.output_size])
+        target = self.query(steps[1:, :, : self.query.in_features])
         other = torch.randperm(target.shape[1], device=target.device)
         real = mask[1:].to(steps.dtype)
         positive = functional.softplus(-(states[:-1] * target).sum(-1)) * real

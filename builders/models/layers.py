@@ -7,7 +7,7 @@ candidate each is. ``user_index=None`` means that row n belongs to user n, as in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,10 @@ class _GatedRecurrence(nn.Module):
         for block in self.recurrent.weight.chunk(3):
             nn.init.orthogonal_(block)
 
+    def _project(self, inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        # unbind, not indexing: the gradient of one stack instead of T sums into zeros of the full size.
+        return zip(self.gates_input(inputs).unbind(), self.candidate_input(inputs).unbind(), strict=True)
+
     def _step(self, gates: Tensor, candidate: Tensor, state: Tensor, attention: Tensor | None) -> Tensor:
         size = self.hidden_size
         gates_state, candidate_state = self.recurrent(state).split((2 * size, size), dim=1)
@@ -109,10 +113,9 @@ class GRU(_GatedRecurrence):
     def forward(self, inputs: Tensor) -> Tensor:
         """float[T, U, D] -> float[T, U, H]."""
         state = inputs.new_zeros(inputs.shape[1], self.hidden_size)
-        gates, candidates = self.gates_input(inputs), self.candidate_input(inputs)
         states = []
-        for step in range(inputs.shape[0]):
-            state = self._step(gates[step], candidates[step], state, None)
+        for gates, candidate in self._project(inputs):
+            state = self._step(gates, candidate, state, None)
             states.append(state)
         return torch.stack(states)
 
@@ -148,10 +151,10 @@ class AUGRU(_GatedRecurrence):
             float[N, H]; zeros where all attention is 0.
         """
         state = inputs.new_zeros(attention.shape[1], self.hidden_size)
-        gates, candidates = self.gates_input(inputs), self.candidate_input(inputs)
-        for step in range(inputs.shape[0]):
-            gate, candidate = gather_users(gates[step], user_index), gather_users(candidates[step], user_index)
-            state = self._step(gate, candidate, state, attention[step, :, None])
+        for (gates, candidate), weight in zip(self._project(inputs), attention.unsqueeze(-1).unbind(), strict=True):
+            state = self._step(
+                gather_users(gates, user_index), gather_users(candidate, user_index), state, weight
+            )
         return state
 
 
