@@ -128,7 +128,8 @@ def _run(
 
     with watch.step("start_server"):
         server = TritonServer(
-            directory / "model_repository", environment={"LIBER_STORE": f"sqlite:///{(directory / 'memory.db').resolve()}"}
+            directory / "model_repository",
+            environment={"LIBER_STORE": f"sqlite:///{(directory / 'memory.db').resolve()}"},
         )
         server.start()
     try:
@@ -172,7 +173,9 @@ def _run(
 
 def _claim_directory(directory: Path, dataset: Dataset, settings: BuildSettings) -> None:
     """Empties what another job left: its vectors, weights and answers are not this job's."""
-    digest = hashlib.sha256(f"{__version__} {settings!r} {dataset.domain!r} {dataset.items!r} {dataset.profiles!r}".encode())
+    digest = hashlib.sha256(
+        f"{__version__} {settings!r} {dataset.domain!r} {dataset.items!r} {dataset.profiles!r}".encode()
+    )
     for behavior in dataset.behaviors:
         digest.update(f"{behavior.user_id}\x1f{behavior.event_id}\x1e".encode())
     note = directory / "job.json"
@@ -223,7 +226,10 @@ async def _live(
     first = int(samples.behavior[parts.test[0]])
     try:
         await worker.drain()
-        with progress("serve and learn", len(dataset.behaviors) - first) as advance, journal.open("a", newline="") as file:
+        with (
+            progress("serve and learn", len(dataset.behaviors) - first) as advance,
+            journal.open("a", newline="") as file,
+        ):
             notes = csv.writer(file)
             if journal.stat().st_size == 0:
                 notes.writerow(["bundle", manifest.bundle_id])

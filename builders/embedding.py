@@ -79,9 +79,10 @@ def embed(encoder: Path, pairs: Sequence[Pair], cache: EmbeddingCache) -> None:
     if not missing:
         return
     with tempfile.TemporaryDirectory(prefix="liber-embed-") as directory:
-        repository = Path(directory)
+        repository = Path(directory) / "model_repository"
+        log_file = Path(directory) / "triton.log"
         publish_encoder(encoder, repository)
-        with TritonServer(repository) as server:
+        with TritonServer(repository, log_file=log_file) as server:
             asyncio.run(_embed(server.grpc_url, missing, cache))
 
 
