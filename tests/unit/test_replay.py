@@ -190,7 +190,7 @@ def test_a_condition_that_cuts_outside_the_cache_is_named() -> None:
         def __str__(self) -> str:
             return "wild()"
 
-    with pytest.raises(ConfigurationError, match=r"wild\(\) cut 99"):
+    with pytest.raises(ConfigurationError, match=r"wild\(\) cut 99 behaviors"):
         replay(dataset_of([(0, 0, 5, 0)]), Wild())
 
 
