@@ -129,7 +129,8 @@ def ingest(
     store: StoreOption = None,
 ) -> None:
     """Append behaviors to the store. Reading the same file again changes nothing."""
-    from liber_runtime.behavior_log import read_behaviors, read_domain, read_items, read_profiles
+    from liber_runtime.behavior_log import read_behaviors, read_items, read_profiles
+    from liber_runtime.domain import read_domain
 
     if (items is None) != (domain is None):
         raise InvalidInputError("--items and --domain go together: prompts need both; give the two or neither")
