@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from liber_runtime.worker import Worker
 from sklearn.metrics import log_loss, roc_auc_score
 
 from bench.environment import describe_machine, describe_versions
@@ -55,9 +56,7 @@ from liber_runtime.progress import console, progress
 from liber_runtime.representation import TritonEncoder
 from liber_runtime.scoring import AsyncScoringClient
 from liber_runtime.server import TritonServer
-from liber_runtime.worker import Worker
 from liber_runtime.writers.statistical import StatisticalWriter
-
 
 ILLUSTRATED_PARTITIONS = 8
 """The report shows the user whose number of partitions comes nearest to this: enough to see interests move."""

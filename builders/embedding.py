@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from liber_runtime.server import TritonServer
 
 from builders.repository import publish_encoder
 from liber_runtime.bundle import EncoderSpec
 from liber_runtime.progress import progress
 from liber_runtime.representation import Encoded, TextModel
+from liber_runtime.server import TritonServer
 from liber_runtime.steps.session import OnnxSession
 
 Pair = tuple[str, str]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -40,13 +40,13 @@ application = typer.Typer(
 output = Console()
 
 StoreOption = Annotated[
-    Optional[str], typer.Option("--store", help="Memory store, e.g. sqlite:///runs/memory.db. [env: LIBER_STORE]")
+    str | None, typer.Option("--store", help="Memory store, e.g. sqlite:///runs/memory.db. [env: LIBER_STORE]")
 ]
 TritonOption = Annotated[
-    Optional[str], typer.Option("--triton", help="host:port of Triton's gRPC endpoint. [env: LIBER_TRITON]")
+    str | None, typer.Option("--triton", help="host:port of Triton's gRPC endpoint. [env: LIBER_TRITON]")
 ]
 DataOption = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(
         "--data",
         envvar="LIBER_DATA",
@@ -79,7 +79,7 @@ def demo(
         Path, typer.Option("--output", help="Where the run is kept; a rerun goes on from there.")
     ] = Path("runs/demo"),
     encoder: Annotated[
-        Optional[str], typer.Option(help="BERT checkpoint: a directory or a hub name. Default: the embedded MiniLM.")
+        str | None, typer.Option(help="BERT checkpoint: a directory or a hub name. Default: the embedded MiniLM.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.")] = 1,
 ) -> None:
@@ -112,18 +112,18 @@ def data(
 @application.command()
 def ingest(
     behaviors: Annotated[
-        Optional[str],
+        str | None,
         typer.Argument(
             help="CSV, JSON lines or Parquet with user,item,timestamp,feedback[,event_id]; - reads standard input."
         ),
     ] = None,
     items: Annotated[
-        Optional[Path], typer.Option(help="Item table: item,title and any attributes. Needs --domain.")
+        Path | None, typer.Option(help="Item table: item,title and any attributes. Needs --domain.")
     ] = None,
-    users: Annotated[Optional[Path], typer.Option(help="Profiles: user and any attributes.")] = None,
-    domain: Annotated[Optional[Path], typer.Option(help="JSON description of the data set, see the README.")] = None,
+    users: Annotated[Path | None, typer.Option(help="Profiles: user and any attributes.")] = None,
+    domain: Annotated[Path | None, typer.Option(help="JSON description of the data set, see the README.")] = None,
     condition: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="When the cache is cut, fixed at the first call: e.g. 'any_of(count(20), time_gap(86400))'."),
     ] = None,
     store: StoreOption = None,
@@ -249,7 +249,7 @@ def score(
 
 @application.command()
 def inspect(
-    user: Annotated[Optional[str], typer.Argument(help="User id; without one, counts over the whole store.")] = None,
+    user: Annotated[str | None, typer.Argument(help="User id; without one, counts over the whole store.")] = None,
     store: StoreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -287,17 +287,17 @@ def build(
     store: StoreOption = None,
     output_directory: Annotated[Path, typer.Option("--output", help="Receives the bundle.")] = Path("runs/build"),
     repository: Annotated[
-        Optional[Path], typer.Option(help="Publish the bundle into this model repository as its next version.")
+        Path | None, typer.Option(help="Publish the bundle into this model repository as its next version.")
     ] = None,
     triton: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="host:port of a running Triton on that repository: it switches to the new version."),
     ] = None,
     condition: Annotated[
-        Optional[str], typer.Option(help="When the cache is cut, for a new store. Default count(20).")
+        str | None, typer.Option(help="When the cache is cut, for a new store. Default count(20).")
     ] = None,
     encoder: Annotated[
-        Optional[str], typer.Option(help="BERT checkpoint: a directory or a hub name. Default: the embedded MiniLM.")
+        str | None, typer.Option(help="BERT checkpoint: a directory or a hub name. Default: the embedded MiniLM.")
     ] = None,
     dimension: Annotated[int, typer.Option(help="d: size of representations and interest.", min=1)] = 32,
     history: Annotated[int, typer.Option(help="T: newest behaviors the backbone reads.", min=1)] = 20,
