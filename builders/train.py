@@ -124,7 +124,7 @@ def train(
     validation_index: Index,
     *,
     seed: int,
-    settings: TrainingSettings = TrainingSettings(),  # noqa: B008 - frozen
+    settings: TrainingSettings = TrainingSettings(),
     progress: Progress | None = None,
 ) -> TrainingResult:
     """Trains in place; the model ends with the averaged weights of its best epoch, in evaluation mode.

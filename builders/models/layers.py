@@ -152,9 +152,7 @@ class AUGRU(_GatedRecurrence):
         """
         state = inputs.new_zeros(attention.shape[1], self.hidden_size)
         for (gates, candidate), weight in zip(self._project(inputs), attention.unsqueeze(-1).unbind(), strict=True):
-            state = self._step(
-                gather_users(gates, user_index), gather_users(candidate, user_index), state, weight
-            )
+            state = self._step(gather_users(gates, user_index), gather_users(candidate, user_index), state, weight)
         return state
 
 

@@ -80,9 +80,7 @@ def test_padding_never_changes_a_result(seed: int) -> None:
     garbage = torch.randint(1, ITEMS + 1, history.shape, generator=generator, dtype=torch.int32)
     with torch.inference_mode():
         expected = model(item, user, history, feedback, length, profile, interest)
-        found = model(
-            item, user, history + garbage * padded, feedback + padded.int(), length, profile, interest
-        )
+        found = model(item, user, history + garbage * padded, feedback + padded.int(), length, profile, interest)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
