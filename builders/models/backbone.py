@@ -63,7 +63,7 @@ class ItemEmbedding(nn.Module):
         return torch.cat((self.id(self.item_table[:, :1]), self._embed_fields(self.item_table)), dim=-1)
 
     def _embed_fields(self, rows: Tensor) -> Tensor:
-        columns = rows[..., 1:].split(self.widths, dim=-1)
+        columns = torch.split(rows[..., 1:], self.widths, dim=-1)
         embedded = [field(indices) for field, indices in zip(self.fields, columns, strict=True)]
         return torch.cat(embedded, dim=-1) if embedded else rows.new_zeros((*rows.shape[:-1], 0), dtype=torch.float32)
 

@@ -86,7 +86,7 @@ def test_padding_never_changes_a_result(seed: int) -> None:
 
 def test_every_input_of_a_user_matters_to_that_user_alone() -> None:
     model, inputs = make(), draw(3, 30)
-    item, user, history, feedback, length, profile, interest = inputs
+    _item, user, _history, _feedback, length, _profile, _interest = inputs
     length[:] = T
     with torch.inference_mode():
         expected = model(*inputs)
