@@ -128,6 +128,7 @@ def _run(
     with watch.step("start_server"):
         server = TritonServer(
             directory / "model_repository",
+            log_file=directory / "triton.log",
             environment={"LIBER_STORE": f"sqlite:///{(directory / 'memory.db').resolve()}"},
         )
         server.start()

@@ -312,7 +312,7 @@ def build(
         from builders.build import build as build_bundle
         from builders.datasets import load
         from builders.repository import BUNDLE_ENSEMBLES, publish
-    from liber_runtime.server import load_models
+    from liber_runtime.model_control import load_models
     from liber_runtime.writers.statistical import StatisticalWriter
 
     if triton is not None and repository is None:
