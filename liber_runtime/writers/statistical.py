@@ -9,13 +9,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from liber_runtime.behavior import Domain, Item
 from liber_runtime.exceptions import InvalidInputError
 from liber_runtime.interest import Prompt, ShiftPrompt, SummaryPrompt, bounded, clean
 from liber_runtime.writers import Completion
 
-MAX_LINES_PER_FACET = 6
+MAX_TASTES_PER_FACET = 6
 MAX_NAMED_ITEMS = 3
 MAX_CHANGES_PER_KIND = 4
 
@@ -26,11 +27,11 @@ CHANGE_SHARE = 0.125
 """A mean has moved when it moved by this share of the feedback range (half a star of five)."""
 
 _VERDICTS = ((0.85, "loved"), (0.65, "liked"), (0.45, "mixed"), (float("-inf"), "disliked"))
+_WORDS = "|".join(word for _, word in _VERDICTS)
 
 _LEVEL = re.compile(r"^Level: (?P<count>\d+) [^,]*, average (?P<mean>-?\d+\.\d+) ")
-_TASTE = re.compile(
-    r'^- (?P<facet>[^"]+) "(?P<name>[^"]*)": (?P<count>\d+) [^,]*, average (?P<mean>-?\d+\.\d+) ', re.MULTILINE
-)
+_LINE = re.compile(rf"^(?P<facet>.+) (?:{_WORDS}): (?P<tastes>.+)\.$", re.MULTILINE)
+_TASTE = re.compile(r"(?P<name>.*) (?P<count>\d+) \((?P<mean>-?\d+\.\d+)\)")
 
 
 class StatisticalWriter:
@@ -53,6 +54,10 @@ class StatisticalWriter:
         return Completion(summarize(prompt) if isinstance(prompt, SummaryPrompt) else compare(prompt))
 
 
+_Key: TypeAlias = tuple[str, str]
+"""(facet, name), e.g. ("genres", "Drama")."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Taste:
     count: int
@@ -68,12 +73,15 @@ def summarize(prompt: SummaryPrompt) -> str:
         f"{_verdict(domain, level.mean)} on the whole."
     ]
     for facet, tastes in _facets(domain, history):
-        ranked = sorted(tastes.items(), key=lambda entry: (-entry[1].count, entry[0]))[:MAX_LINES_PER_FACET]
-        lines += [
-            f'- {facet} "{name}": {taste.count} {domain.item_noun}s, average {taste.mean:.2f} '
-            f"{domain.feedback_noun}, {_verdict(domain, taste.mean)}"
-            for name, taste in ranked
-        ]
+        ranked = sorted(tastes.items(), key=lambda entry: (-entry[1].count, entry[0]))[:MAX_TASTES_PER_FACET]
+        for _, word in _VERDICTS:
+            told = [
+                f"{name} {taste.count} ({taste.mean:.2f})"
+                for name, taste in ranked
+                if _verdict(domain, taste.mean) == word
+            ]
+            if told:
+                lines.append(f"{facet} {word}: {'; '.join(told)}.")
     best = [entry for entry in history if entry[1] > domain.positive_above]
     worst = [entry for entry in history if entry[1] <= domain.positive_above]
     lines += _extremes("Favorites", sorted(best, key=lambda entry: -entry[1]))
@@ -97,19 +105,12 @@ def compare(prompt: ShiftPrompt) -> str:
     risen = sorted((key for key in shared if change[key] >= step), key=lambda key: (-change[key], key))
     faded = sorted((key for key in shared if change[key] <= -step), key=lambda key: (change[key], key))
 
-    def moved(keys: Sequence[tuple[str, str]]) -> list[str]:
-        return [
-            f'{facet} "{name}" ({before[facet, name].mean:.2f} to {now[facet, name].mean:.2f} {unit})'
-            for facet, name in keys
-        ]
+    def moved(keys: Sequence[_Key]) -> list[str]:
+        return [f"{key[1]} {before[key].mean:.2f} to {now[key].mean:.2f}" for key in keys]
 
-    def held(keys: Sequence[tuple[str, str]], tastes: Mapping[tuple[str, str], _Taste]) -> list[str]:
+    def held(keys: Sequence[_Key], tastes: Mapping[_Key, _Taste]) -> list[str]:
         ranked = sorted(keys, key=lambda key: (-tastes[key].count, key))
-        return [
-            f'{facet} "{name}" ({tastes[facet, name].count} {domain.item_noun}s, '
-            f"{_verdict(domain, tastes[facet, name].mean)})"
-            for facet, name in ranked
-        ]
+        return [f"{key[1]} {tastes[key].count} ({_verdict(domain, tastes[key].mean)})" for key in ranked]
 
     lines = []
     if abs(level_now.mean - level_before.mean) >= step:
@@ -151,7 +152,8 @@ def _extremes(title: str, ranked: Sequence[tuple[Item, float]]) -> list[str]:
 
 
 def _label(name: str) -> str:
-    return bounded(clean(name), 80).replace('"', "'")
+    """A name as one entry of a line: it cannot end the entry or the line."""
+    return bounded(clean(name), 80).replace(";", ",")
 
 
 def _taste(values: Iterable[float]) -> _Taste:
@@ -165,7 +167,7 @@ def _verdict(domain: Domain, mean: float) -> str:
     return next(word for bound, word in _VERDICTS if share >= bound)
 
 
-def _read_back(summary: str) -> tuple[_Taste, dict[tuple[str, str], _Taste]]:
+def _read_back(summary: str) -> tuple[_Taste, dict[_Key, _Taste]]:
     level = _LEVEL.match(summary)
     if level is None:
         raise InvalidInputError(
@@ -173,7 +175,9 @@ def _read_back(summary: str) -> tuple[_Taste, dict[tuple[str, str], _Taste]]:
             "writer of its summaries: use that one, or forget the user's texts and write both again"
         )
     tastes = {
-        (found["facet"], found["name"]): _Taste(int(found["count"]), float(found["mean"]))
-        for found in _TASTE.finditer(summary)
+        (line["facet"], found["name"]): _Taste(int(found["count"]), float(found["mean"]))
+        for line in _LINE.finditer(summary)
+        for entry in line["tastes"].split("; ")
+        if (found := _TASTE.fullmatch(entry))
     }
     return _Taste(int(level["count"]), float(level["mean"])), tastes
