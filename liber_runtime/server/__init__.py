@@ -228,7 +228,7 @@ class TritonServer:
 
     def _run(self, started: Future[None]) -> None:
         try:
-            with tempfile.TemporaryDirectory(prefix="liber-triton-") as runtime:
+            with tempfile.TemporaryDirectory(prefix=f"liber-triton-{os.getpid()}-") as runtime:
                 plan = plan_launch(self._python, self._environment, Path(runtime))
                 self._supervisor = self._launch_on_free_ports(plan)
                 started.set_result(None)

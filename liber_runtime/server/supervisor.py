@@ -102,17 +102,20 @@ class Supervisor:
                 next_look = min(next_look, self._heal_models(watch))
 
     def _heal_models(self, watch: StubWatch) -> float:
-        """Heals what is broken and due; returns when the next model is due (monotonic; infinity if none is)."""
-        # A stub counts as living if it does before or after Triton was asked: one that an unload ends in between was
-        # not lost, and one that was lost in between is found at the next look.
-        living = watch.scan()
+        """Heals what is broken and due; returns when to look again at the latest (monotonic; infinity if all is well).
+
+        A stub counts as living if it does before or after Triton is asked what it has loaded: one that ends with an
+        unload in between was not lost. One that was lost in between is found at the next look, which is then at once.
+        """
+        before = watch.scan()
         try:
             expected = self._expected_stubs()
         except ServerError:
-            return math.inf
-        living |= watch.scan()
+            return 0.0
+        after = watch.scan()
+        living = before | after
         broken = find_broken(expected, living.values())
-        postponed = math.inf
+        postponed = math.inf if before.keys() <= after.keys() else 0.0
         for name in sorted({model.name for model in broken}):
             lost = {model.version: count for model, count in broken.items() if model.name == name}
             replaced = [pid for pid, stub in living.items() if stub.model in broken and stub.model.name == name]

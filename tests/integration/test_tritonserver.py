@@ -138,7 +138,7 @@ def has_ended(process: psutil.Process) -> bool:
 def leftovers() -> set[str]:
     """What servers of this process have in /dev/shm, in the temporary directory, and running."""
     shared = {str(path) for path in Path("/dev/shm").glob(f"liber_{os.getpid()}_*")}
-    temporary = {str(path) for path in Path(tempfile.gettempdir()).glob("liber-triton-*")}
+    temporary = {str(path) for path in Path(tempfile.gettempdir()).glob(f"liber-triton-{os.getpid()}-*")}
     return shared | temporary | {str(child.pid) for child in psutil.Process().children(recursive=True)}
 
 
