@@ -45,8 +45,8 @@ class DIEN(Backbone):
         mlp_sizes: [200, 80] in the paper.
         dropout: of the MLP.
         embedding_dropout: of the item, feedback, profile embeddings and the interest.
-        id_dropout: see `ItemEmbedding`; above 0 for catalogues where many candidates are new (on MovieLens-100K it
-            only costs log loss).
+        id_dropout: see `ItemEmbedding`; above 0 for catalogues where many candidates are new (it did not lower
+            the validation log loss on MovieLens-100K with the other defaults).
     """
 
     def __init__(
