@@ -104,7 +104,7 @@ def _export(
 ) -> None:
     """Traces `module`, whose arguments are named by `axes`, and writes the graph with its weights inside."""
     with warnings.catch_warnings():
-        # The tracing exporter unrolls a recurrence in a second, the other one in twenty, to a graph no faster.
+        # The tracing exporter unrolls the recurrences in a second; torch.export takes twenty.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         torch.onnx.export(
             module,

@@ -80,13 +80,13 @@ class TrainingSettings:
         max_partitions: newest partitions of a user that are fused.
     """
 
-    max_epochs: int = 8
+    max_epochs: int = 6
     patience: int = 2
     batch_size: int = 1024
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     auxiliary_weight: float = 0.1
-    average_decay: float = 0.99
+    average_decay: float = 0.97
     max_partitions: int = 40
 
 

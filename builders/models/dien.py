@@ -45,7 +45,8 @@ class DIEN(Backbone):
         mlp_sizes: [200, 80] in the paper.
         dropout: of the MLP.
         embedding_dropout: of the item, feedback, profile embeddings and the interest.
-        id_dropout: see `ItemEmbedding`.
+        id_dropout: see `ItemEmbedding`; above 0 for catalogues where many candidates are new (it did not lower
+            the validation log loss on MovieLens-100K with the other defaults).
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class DIEN(Backbone):
         mlp_sizes: Sequence[int] = (200, 80),
         dropout: float = 0.3,
         embedding_dropout: float = 0.2,
-        id_dropout: float = 0.2,
+        id_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.history_size = history_size
