@@ -10,8 +10,18 @@ from typing import Any
 
 import psutil
 
-PACKAGES = ("liber-runtime", "numpy", "torch", "transformers", "onnx", "onnxruntime", "faiss-cpu", "tritonclient",
-            "nvidia-pytriton", "scikit-learn")
+PACKAGES = (
+    "liber-runtime",
+    "numpy",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "faiss-cpu",
+    "tritonclient",
+    "nvidia-pytriton",
+    "scikit-learn",
+)
 
 
 def describe_machine() -> dict[str, Any]:

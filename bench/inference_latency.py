@@ -45,7 +45,10 @@ def measure(
     """
     random = np.random.default_rng(seed)
     distinct = list(user_ids[:SAMPLES])
-    shapes = {"one_user": [distinct[0]] * SAMPLES, "distinct_users": list(itertools.islice(itertools.cycle(distinct), SAMPLES))}
+    shapes = {
+        "one_user": [distinct[0]] * SAMPLES,
+        "distinct_users": list(itertools.islice(itertools.cycle(distinct), SAMPLES)),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in shapes}
     with ScoringClient(url) as client:
         for call in range(warm_up + calls):
@@ -73,7 +76,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.inference_latency", description=__doc__)
     parser.add_argument("--triton", default=settings.triton, help="host:port of Triton's gRPC endpoint")
     parser.add_argument("--store", default=settings.store, help="the store whose users are scored")
-    parser.add_argument("--items", type=Path, required=True, help="the bundle's vocabulary.json: candidates are drawn from it")
+    parser.add_argument(
+        "--items", type=Path, required=True, help="the bundle's vocabulary.json: candidates are drawn from it"
+    )
     parser.add_argument("--calls", type=int, default=50, help="timed calls of each shape")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here too")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from liber_runtime.worker import Worker, WorkerReport
+from liber_runtime.worker import Worker, WorkerProgress
 
 from builders.bundle import write_bundle
 from builders.datasets import Dataset
@@ -55,6 +55,7 @@ from liber_runtime.writers import Writer
 
 APPEND_BATCH = 10_000
 USERS_PER_READ = 1_000
+STEPS_PER_TRANSACTION = 512
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def remember(store: MemoryStore, dataset: Dataset, behaviors: Sequence[Behavior]
 def write_texts(store: MemoryStore, writer: Writer) -> None:
     """Has every pending summary and shift written (Eq. 2, 3)."""
     with progress("write summaries and shifts", None) as advance:
-        _drain(Worker(store, writer, None), advance)
+        _drain(Worker(store, writer, None, concurrency=STEPS_PER_TRANSACTION), advance)
 
 
 def fit_representations(
@@ -148,7 +149,8 @@ def fit_representations(
         embed(directory, [each.pair for each in texts.values() if each.fingerprint != fingerprint], cache)
         store.reencode(fingerprint)
         with progress("project and keep vectors", None) as advance:
-            _drain(Worker(store, None, CachedEncoder(cache, directory / PCA, fingerprint)), advance)
+            encoder = CachedEncoder(cache, directory / PCA, fingerprint)
+            _drain(Worker(store, None, encoder, encode_batch=STEPS_PER_TRANSACTION), advance)
     finally:
         cache.close()
     writers = tuple(sorted({writer for each in texts.values() for writer in each.writers}))
@@ -312,9 +314,9 @@ def _make_backbone(vocabulary: Fit, settings: BuildSettings, interest_size: int)
 def _drain(worker: Worker, advance: Advance) -> None:
     done = 0
 
-    def report(progressed: WorkerReport) -> None:
+    def report(progressed: WorkerProgress) -> None:
         nonlocal done
-        now = progressed.summaries + progressed.shifts + progressed.representations
+        now = progressed.report.summaries + progressed.report.shifts + progressed.report.representations
         advance(now - done)
         done = now
 

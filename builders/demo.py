@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from liber_runtime.worker import Worker
 from sklearn.metrics import log_loss, roc_auc_score
 
 from bench.environment import describe_machine, describe_versions
@@ -55,9 +56,7 @@ from liber_runtime.progress import console, progress
 from liber_runtime.representation import TritonEncoder
 from liber_runtime.scoring import AsyncScoringClient
 from liber_runtime.server import TritonServer
-from liber_runtime.worker import Worker
 from liber_runtime.writers.statistical import StatisticalWriter
-
 
 ILLUSTRATED_PARTITIONS = 8
 """The report shows the user whose number of partitions comes nearest to this: enough to see interests move."""
@@ -128,7 +127,9 @@ def _run(
 
     with watch.step("start_server"):
         server = TritonServer(
-            directory / "model_repository", environment={"LIBER_STORE": f"sqlite:///{(directory / 'memory.db').resolve()}"}
+            directory / "model_repository",
+            log_file=directory / "triton.log",
+            environment={"LIBER_STORE": f"sqlite:///{(directory / 'memory.db').resolve()}"},
         )
         server.start()
     try:
@@ -172,7 +173,9 @@ def _run(
 
 def _claim_directory(directory: Path, dataset: Dataset, settings: BuildSettings) -> None:
     """Empties what another job left: its vectors, weights and answers are not this job's."""
-    digest = hashlib.sha256(f"{__version__} {settings!r} {dataset.domain!r} {dataset.items!r} {dataset.profiles!r}".encode())
+    digest = hashlib.sha256(
+        f"{__version__} {settings!r} {dataset.domain!r} {dataset.items!r} {dataset.profiles!r}".encode()
+    )
     for behavior in dataset.behaviors:
         digest.update(f"{behavior.user_id}\x1f{behavior.event_id}\x1e".encode())
     note = directory / "job.json"
@@ -223,7 +226,10 @@ async def _live(
     first = int(samples.behavior[parts.test[0]])
     try:
         await worker.drain()
-        with progress("serve and learn", len(dataset.behaviors) - first) as advance, journal.open("a", newline="") as file:
+        with (
+            progress("serve and learn", len(dataset.behaviors) - first) as advance,
+            journal.open("a", newline="") as file,
+        ):
             notes = csv.writer(file)
             if journal.stat().st_size == 0:
                 notes.writerow(["bundle", manifest.bundle_id])

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from liber_runtime.server import TritonServer
 
 from builders.repository import publish_encoder
 from liber_runtime.bundle import EncoderSpec
 from liber_runtime.progress import progress
 from liber_runtime.representation import Encoded, TextModel
+from liber_runtime.server import TritonServer
 from liber_runtime.steps.session import OnnxSession
 
 Pair = tuple[str, str]
@@ -79,9 +79,10 @@ def embed(encoder: Path, pairs: Sequence[Pair], cache: EmbeddingCache) -> None:
     if not missing:
         return
     with tempfile.TemporaryDirectory(prefix="liber-embed-") as directory:
-        repository = Path(directory)
+        repository = Path(directory) / "model_repository"
+        log_file = Path(directory) / "triton.log"
         publish_encoder(encoder, repository)
-        with TritonServer(repository) as server:
+        with TritonServer(repository, log_file=log_file) as server:
             asyncio.run(_embed(server.grpc_url, missing, cache))
 
 

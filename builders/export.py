@@ -86,11 +86,17 @@ def export_backbone(model: Backbone, path: Path) -> None:
     looked_up = copy.deepcopy(model)
     if isinstance(model.item_embedding, ItemEmbedding):
         with torch.no_grad():
-            looked_up.item_embedding = nn.Embedding.from_pretrained(model.item_embedding.catalogue())
+            looked_up.item_embedding = _table(model.item_embedding.catalogue())
     axes = {name: axis for name, axis in _BACKBONE_AXES.items() if name != "interest" or model.interest_size}
     _export(_Scorer(looked_up).eval(), _backbone_inputs(model, 3, 5), axes, "click_probability", path)
     batches = [_backbone_inputs(model, users, candidates) for users, candidates in ((1, 1), (1, 7), (60, 40))]
     _check(_Scorer(model).eval(), batches, path)
+
+
+def _table(rows: Tensor) -> nn.Embedding:
+    table = nn.Embedding(*rows.shape)
+    table.weight.copy_(rows)
+    return table
 
 
 def _export(

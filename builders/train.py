@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -124,7 +124,7 @@ def train(
     validation_index: Index,
     *,
     seed: int,
-    settings: TrainingSettings = TrainingSettings(),  # noqa: B008 - frozen
+    settings: TrainingSettings = TrainingSettings(),
     progress: Progress | None = None,
 ) -> TrainingResult:
     """Trains in place; the model ends with the averaged weights of its best epoch, in evaluation mode.
@@ -224,7 +224,7 @@ def _step(
     if not torch.isfinite(loss):
         raise InvalidInputError(f"the training loss became {loss.item()}; lower learning_rate {settings.learning_rate}")
     optimizer.zero_grad()
-    loss.backward()
+    torch.autograd.backward(loss)
     nn.utils.clip_grad_norm_(model.parameters(), 5.0)
     optimizer.step()
     with torch.no_grad():
@@ -253,8 +253,8 @@ def _optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm_up))
 
 
-def _batch(model: Model, data: TrainingData, batch: Index, max_partitions: int) -> tuple[Tensor | None, ...]:
-    """The arguments of the model for these samples, one user per candidate."""
+def _batch(model: Model, data: TrainingData, batch: Index, max_partitions: int) -> tuple[Any, ...]:
+    """The arguments of the model for these samples, one user per candidate: tensors, and None for `user_index`."""
     inputs = (
         torch.from_numpy(data.item[batch]),
         None,

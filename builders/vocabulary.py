@@ -124,7 +124,13 @@ def _bucket_boundaries(numbers: Sequence[float]) -> tuple[float, ...]:
 
 
 def _between(distinct: Sequence[float]) -> tuple[float, ...]:
-    return tuple((low + high) / 2 for low, high in itertools.pairwise(distinct))
+    return tuple(_middle(low, high) for low, high in itertools.pairwise(distinct))
+
+
+def _middle(low: float, high: float) -> float:
+    middle = low + (high - low) / 2
+    # Between neighbouring floats there is nothing; a number on a boundary belongs above it, so `high` still parts them.
+    return middle if middle > low else high
 
 
 def _item_table(dataset: Dataset, vocabulary: Vocabulary, frequent: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:

@@ -14,34 +14,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
 from builders.datasets import Dataset
 from liber_runtime.behavior import AttributeValue, Behavior, Domain, Item
 from liber_runtime.behavior_log import SUFFIXES, read_behaviors, read_items, read_profiles
+from liber_runtime.domain import DOMAIN_FILE, DomainFile, read_domain_file
 from liber_runtime.exceptions import InvalidInputError
-
-DOMAIN_FILE = "domain.json"
 
 _REPEATS = 2.0
 """A text attribute is one to tell tastes by if its values stand for at least this many items each, on average."""
-
-
-class _DomainFile(pydantic.BaseModel, extra="forbid"):
-    name: str | None = None
-    item_noun: str | None = None
-    feedback_noun: str | None = None
-    feedback_range: tuple[float, float] | None = None
-    positive_above: float | None = None
-    factors: tuple[str, ...] | None = None
-    group_attribute: str | None = None
-    period_attribute: str | None = None
 
 
 def load_directory(directory: Path) -> Dataset:
@@ -59,7 +44,9 @@ def load_directory(directory: Path) -> Dataset:
     behaviors = list(read_behaviors(log))
     items = {item.item_id: item for item in read_items(catalogue)}
     profiles = read_profiles(users) if users is not None else {}
-    domain = _describe(directory.resolve().name, behaviors, items, _read_domain(directory / DOMAIN_FILE))
+    description = directory / DOMAIN_FILE
+    given = read_domain_file(description) if description.exists() else DomainFile()
+    domain = _describe(directory.resolve().name, behaviors, items, given)
     return Dataset(domain, behaviors, items, profiles, origin=str(directory))
 
 
@@ -72,7 +59,7 @@ def load_file(path: Path) -> Dataset:
     """
     behaviors = list(read_behaviors(path))
     items = {behavior.item_id: Item(behavior.item_id, title=behavior.item_id) for behavior in behaviors}
-    return Dataset(_describe(path.stem, behaviors, items, _DomainFile()), behaviors, items, {}, origin=str(path))
+    return Dataset(_describe(path.stem, behaviors, items, DomainFile()), behaviors, items, {}, origin=str(path))
 
 
 def find_table(directory: Path, stem: str) -> Path | None:
@@ -87,20 +74,7 @@ def find_table(directory: Path, stem: str) -> Path | None:
     return found[0] if found else None
 
 
-def _read_domain(path: Path) -> _DomainFile:
-    if not path.exists():
-        return _DomainFile()
-    try:
-        return _DomainFile.model_validate(json.loads(path.read_text("utf-8")))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InvalidInputError(f"{path}: {where} {first['input']!r:.80}: {first['msg']}; correct the key") from None
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path} is not a JSON object in UTF-8 ({error}); correct it") from None
-
-
-def _describe(name: str, behaviors: list[Behavior], items: dict[str, Item], given: _DomainFile) -> Domain:
+def _describe(name: str, behaviors: list[Behavior], items: dict[str, Item], given: DomainFile) -> Domain:
     attributes = _attributes(items.values())
     low, high = given.feedback_range or _range(behaviors)
     defaults: dict[str, Any] = {

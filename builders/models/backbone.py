@@ -63,7 +63,7 @@ class ItemEmbedding(nn.Module):
         return torch.cat((self.id(self.item_table[:, :1]), self._embed_fields(self.item_table)), dim=-1)
 
     def _embed_fields(self, rows: Tensor) -> Tensor:
-        columns = rows[..., 1:].split(self.widths, dim=-1)
+        columns = torch.split(rows[..., 1:], self.widths, dim=-1)
         embedded = [field(indices) for field, indices in zip(self.fields, columns, strict=True)]
         return torch.cat(embedded, dim=-1) if embedded else rows.new_zeros((*rows.shape[:-1], 0), dtype=torch.float32)
 
@@ -89,7 +89,7 @@ class ProfileEmbedding(nn.Module):
     def forward(self, profile: Tensor) -> Tensor:
         """int[U, P] -> float[U, P * E]."""
         embedded = [field(profile[:, column, None]) for column, field in enumerate(self.fields)]
-        return torch.cat(embedded, dim=1) if embedded else profile.new_zeros((len(profile), 0), dtype=torch.float32)
+        return torch.cat(embedded, dim=1) if embedded else profile.new_zeros((profile.shape[0], 0), dtype=torch.float32)
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -166,7 +166,9 @@ class LiberModel(nn.Module):
     def __init__(self, fuser: AttentionFuser, backbone: Backbone) -> None:
         super().__init__()
         if backbone.interest_size != fuser.size:
-            raise ValueError(f"the backbone takes an interest of {backbone.interest_size}, the fuser gives {fuser.size}")
+            raise ValueError(
+                f"the backbone takes an interest of {backbone.interest_size}, the fuser gives {fuser.size}"
+            )
         self.fuser = fuser
         self.backbone = backbone
 

@@ -7,6 +7,7 @@ candidate each is. ``user_index=None`` means that row n belongs to user n, as in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -67,7 +68,8 @@ class FieldEmbedding(nn.Module):
             return embedded
         count = (indices != 0).sum(-1, keepdim=True).clamp(min=1)
         # Row 0 is zero and stays so (padding_idx), hence the sum runs over the non-zero indices alone.
-        return self.table(indices).sum(-2) / count
+        pooled: Tensor = self.table(indices).sum(-2) / count
+        return pooled
 
 
 class _GatedRecurrence(nn.Module):
@@ -91,7 +93,8 @@ class _GatedRecurrence(nn.Module):
         gates_state, candidate_state = self.recurrent(state).split((2 * size, size), dim=1)
         update, reset = (gates + gates_state).sigmoid().split(size, dim=1)
         change = (candidate + reset * candidate_state).tanh() - state
-        return state + (update if attention is None else attention * update) * change
+        next_state: Tensor = state + (update if attention is None else attention * update) * change
+        return next_state
 
 
 class GRU(_GatedRecurrence):
@@ -152,9 +155,7 @@ class AUGRU(_GatedRecurrence):
         """
         state = inputs.new_zeros(attention.shape[1], self.hidden_size)
         for (gates, candidate), weight in zip(self._project(inputs), attention.unsqueeze(-1).unbind(), strict=True):
-            state = self._step(
-                gather_users(gates, user_index), gather_users(candidate, user_index), state, weight
-            )
+            state = self._step(gather_users(gates, user_index), gather_users(candidate, user_index), state, weight)
         return state
 
 
@@ -217,7 +218,7 @@ class FoldedMLP(nn.Module):
         for weight in (self.user.weight, self.candidate.weight):
             nn.init.uniform_(weight, -bound, bound)
         layers: list[nn.Module] = [nn.PReLU(), nn.Dropout(dropout)]
-        for size, next_size in zip(hidden_sizes, hidden_sizes[1:], strict=False):
+        for size, next_size in itertools.pairwise(hidden_sizes):
             layers += [nn.Linear(size, next_size), nn.PReLU(), nn.Dropout(dropout)]
         self.rest = nn.Sequential(*layers, nn.Linear(hidden_sizes[-1], 1))
 

@@ -111,9 +111,10 @@ class SQLiteStore:
 
     def _agree_on(self, condition: PartitionCondition | None) -> tuple[PartitionCondition | None, str]:
         """Keeps the condition of a new file; checks it against, or takes it from, one that exists."""
-        if condition is not None and type(condition).__str__ is object.__str__ is type(condition).__repr__:
+        kind = type(condition)
+        if condition is not None and (kind.__str__, kind.__repr__) == (object.__str__, object.__repr__):
             raise ConfigurationError(
-                f"partition condition {type(condition).__name__} does not say what it is; give it a __str__ that names "
+                f"partition condition {kind.__name__} does not say what it is; give it a __str__ that names "
                 "its settings, so that the store knows it again"
             )
         wanted = str(condition or Count())
@@ -456,9 +457,7 @@ class SQLiteStore:
         db = sqlite3.connect(
             self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
         )
-        # Another connection's write empties this one's page cache; mapped pages then come back without system calls.
-        db.execute("PRAGMA mmap_size = 1073741824")
-        db.execute("PRAGMA cache_size = -65536")
+        db.execute("PRAGMA cache_size = -32768")
         db.execute("PRAGMA temp_store = MEMORY")
         return db
 
@@ -525,12 +524,13 @@ def _drop_known(db: sqlite3.Connection, held: Mapping[str, _Held], arriving: Map
         user, partitions, cache = held[user_id]
         if not partitions and not cache:
             continue
-        for event_id in list(fresh):
+        for event_id in sorted(fresh):
             if db.execute("SELECT 1 FROM events WHERE user = ? AND event_id = ?", (user, event_id)).fetchone():
                 del fresh[event_id]
+    # In key order, so that a long-standing user's many new ids touch each page of the index once.
     db.executemany(
         "INSERT INTO events VALUES (?, ?)",
-        ((held[user_id].user, event_id) for user_id, fresh in arriving.items() for event_id in fresh),
+        ((held[user_id].user, event_id) for user_id, fresh in arriving.items() for event_id in sorted(fresh)),
     )
 
 

@@ -80,15 +80,13 @@ def test_padding_never_changes_a_result(seed: int) -> None:
     garbage = torch.randint(1, ITEMS + 1, history.shape, generator=generator, dtype=torch.int32)
     with torch.inference_mode():
         expected = model(item, user, history, feedback, length, profile, interest)
-        found = model(
-            item, user, history + garbage * padded, feedback + padded.int(), length, profile, interest
-        )
+        found = model(item, user, history + garbage * padded, feedback + padded.int(), length, profile, interest)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_every_input_of_a_user_matters_to_that_user_alone() -> None:
     model, inputs = make(), draw(3, 30)
-    item, user, history, feedback, length, profile, interest = inputs
+    _item, user, _history, _feedback, length, _profile, _interest = inputs
     length[:] = T
     with torch.inference_mode():
         expected = model(*inputs)

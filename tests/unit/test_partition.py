@@ -200,5 +200,5 @@ def test_a_boundary_outside_the_cache_is_refused(cut: int) -> None:
         def boundary(self, cache: Sequence[Behavior], previous: PreviousPartition) -> int:
             return cut
 
-    with pytest.raises(ConfigurationError, match=f"cut {cut} of a cache of 1"):
+    with pytest.raises(ConfigurationError, match=f"cut {cut} behaviors of a cache of 1"):
         stream(Wild(), (), log([1]))

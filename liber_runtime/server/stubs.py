@@ -1,15 +1,15 @@
-"""What a Triton server needs to be watched: which of its model processes live, which should, and how often to retry.
+"""The processes of Python models: which there are, which there should be, and how to end those left behind.
 
 Triton never restarts a dead stub (the process of one Python model instance): it goes on calling the model ready and
-fails its requests. It never reaps one either, so a stub that ended with a reloaded model and one that crashed are both
-zombies. Hence a model counts as broken only if Triton says it is ready while fewer of its stubs live than its
-configuration asks for.
+fails its requests. A stub that ended because its model was reloaded or unloaded leaves the same traces as one that
+crashed: gone, or a zombie. Hence a model counts as broken only if Triton says it is ready while fewer of its stubs live
+than its configuration asks for.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from liber_runtime.installation import STUB_NAME
+from liber_runtime.server.installation import STUB_NAME
 
 _INSTANCE_ARGUMENT = 8
 
@@ -74,7 +74,7 @@ class StubWatch:
     """
 
     def __init__(self, server: int) -> None:
-        self._server = psutil.Process(server)
+        self._server = server
         self._living: dict[int, tuple[psutil.Process, Stub]] = {}
         self._retired: set[int] = set()
 
@@ -86,10 +86,10 @@ class StubWatch:
         """Looks at all of the server's children; returns the living stubs by process id, without the retired."""
         self._living = {}
         try:
-            children = self._server.children()
+            children = psutil.Process(self._server).children()
         except psutil.NoSuchProcess:
             children = []
-        # Triton reaps no stub, so the id of an ended one stays a child's and is not given to another process.
+        # The id of a process that has gone may come back as another's.
         self._retired &= {process.pid for process in children}
         for process in children:
             stub = _read_stub(process)
@@ -108,34 +108,6 @@ def find_broken(expected: Counter[Stub], living: Collection[Stub]) -> Counter[Mo
     for stub, count in (expected - Counter(living)).items():
         missing[stub.model] += count
     return missing
-
-
-class Backoff:
-    """Delays that grow while failures keep coming: 0, 0.5, 1, 2, ... seconds.
-
-    Args:
-        window: seconds after which a failure no longer counts.
-        longest: the largest delay, in seconds.
-    """
-
-    def __init__(self, window: float, longest: float) -> None:
-        self._window = window
-        self._longest = longest
-        self._failures: deque[float] = deque()
-
-    def record(self, now: float) -> int:
-        """Notes a failure at `now` (seconds, monotonic) and returns how many lie within the window."""
-        while self._failures and now - self._failures[0] > self._window:
-            self._failures.popleft()
-        self._failures.append(now)
-        return len(self._failures)
-
-    @property
-    def delay(self) -> float:
-        """Seconds to wait after the last failure before the next attempt."""
-        if len(self._failures) <= 1:
-            return 0.0
-        return float(min(self._longest, 0.5 * 2.0 ** min(len(self._failures) - 2, 60)))
 
 
 def end_stubs(shared_memory_prefix: str) -> None:

@@ -12,19 +12,24 @@ from typing import Any
 from urllib.parse import quote
 
 from liber_runtime.exceptions import ServerError
-from liber_runtime.supervisor import ModelVersion
+from liber_runtime.server.stubs import ModelVersion
 
 _CALL_SECONDS = 10.0
+_READY_SECONDS = 2.0
 _MOST_REASON_CHARACTERS = 300
 
 # In the order in which they explain most: a broken model also breaks the ensembles that use it.
 _FAILURES = (
     re.compile(r"failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.*)"),
     re.compile(r"Poll failed for model directory '(?P<model>[^']+)': (?P<reason>.*)"),
-    re.compile(r"model_repository_manager\.cc:\d+\] \"?(?:[\w ]+: )?(?P<reason>.*ensemble (?P<model>[^\s,]+).*)"),
+    re.compile(r"model_repository_manager\.cc:\d+\] \"?(?:[\w ]+: )?(?P<reason>.*?\bensemble '?(?P<model>[^\s,']+).*)"),
 )
 _SYNTAX_ERROR = re.compile(r"Error parsing text-format inference\.ModelConfig: (?P<position>.*)")
 _TAKEN_PORT = re.compile(r"Socket '[^']*:(?P<port>\d+)' already in use")
+
+
+class NoAnswerError(ServerError):
+    """The server did not answer in time, or not at all."""
 
 
 class ServerControl:
@@ -42,7 +47,7 @@ class ServerControl:
     def is_ready(self) -> bool:
         """Whether the server answers and all models of its start are loaded."""
         try:
-            status, _ = self._request("GET", "v2/health/ready", _CALL_SECONDS)
+            status, _ = self._request("GET", "v2/health/ready", _READY_SECONDS)
         except (OSError, http.client.HTTPException):
             return False
         return status == 200
@@ -51,7 +56,7 @@ class ServerControl:
         """The model versions that the server calls ready.
 
         Raises:
-            ServerError: it does not answer.
+            NoAnswerError: it is gone, or hangs.
         """
         entries = self._call("POST", "v2/repository/index")
         return [ModelVersion(e["name"], e["version"]) for e in entries if e.get("state") == "READY"]
@@ -70,7 +75,8 @@ class ServerControl:
         """Loads what changed of a model; returns when that is done.
 
         Raises:
-            ServerError: it did not load within `timeout` seconds; what was served goes on being served.
+            NoAnswerError: it did not load within `timeout` seconds.
+            ServerError: it did not load; what was served goes on being served.
         """
         self._call("POST", f"v2/repository/models/{quote(name)}/load", timeout)
 
@@ -87,7 +93,7 @@ class ServerControl:
             status, body = self._request(method, path, timeout)
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
-            raise ServerError(f"tritonserver on {self._host}:{self._port} did not answer {path}: {reason}") from None
+            raise NoAnswerError(f"tritonserver on {self._host}:{self._port} did not answer {path}: {reason}") from None
         content = json.loads(body) if body else None
         if status != 200:
             raise ServerError(shorten_reason((content or {}).get("error", f"{path} gave HTTP status {status}")))

@@ -1,0 +1,100 @@
+"""What the write side counts, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from liber_runtime.behavior import Text
+from liber_runtime.exceptions import ConfigurationError
+from liber_runtime.memory import Appended, Statistics, Step
+
+_WRITER_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Metrics:
+    """Counters of one process, in a registry of their own.
+
+    Attributes:
+        registry: what `serve` shows; other collectors may be registered with it.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._behaviors = Counter("liber_behaviors", "Behaviors kept.", registry=self.registry)
+        self._duplicates = Counter("liber_duplicate_behaviors", "Behaviors known already.", registry=self.registry)
+        self._partitions = Counter("liber_partitions", "Partitions cut.", registry=self.registry)
+        self._steps = Counter("liber_steps", "Steps made and kept.", ["step"], registry=self.registry)
+        self._failures = Counter("liber_step_failures", "Steps that failed.", ["step"], registry=self.registry)
+        self._dead = Counter("liber_steps_given_up", "Steps given up.", ["step"], registry=self.registry)
+        self._discarded = Counter("liber_results_discarded", "Results whose claim was lost.", registry=self.registry)
+        self._repeated = Counter(
+            "liber_calls_repeated", "Writer calls that an earlier claim may have made.", registry=self.registry
+        )
+        self._queue = Gauge("liber_queue_steps", "Steps waiting or claimed.", ["step"], registry=self.registry)
+        self._dead_letters = Gauge(
+            "liber_dead_steps", "Steps in the dead-letter list.", ["step"], registry=self.registry
+        )
+        self._writer_seconds = Histogram(
+            "liber_writer_seconds",
+            "Time of a writer's call.",
+            ["kind"],
+            buckets=_WRITER_BUCKETS,
+            registry=self.registry,
+        )
+        self._tokens = Counter("liber_writer_tokens", "Tokens of writers.", ["direction"], registry=self.registry)
+
+    def appended(self, appended: Appended) -> None:
+        """Counts what one `MemoryStore.append` did."""
+        self._behaviors.inc(appended.behaviors)
+        self._duplicates.inc(appended.duplicates)
+        self._partitions.inc(appended.partitions)
+
+    def written(self, text: Text) -> None:
+        """Counts one answer of a writer."""
+        self._writer_seconds.labels(text.kind).observe(text.seconds)
+        self._tokens.labels("prompt").inc(text.prompt_tokens or 0)
+        self._tokens.labels("response").inc(text.response_tokens or 0)
+
+    def kept(self, step: Step, count: int) -> None:
+        """Counts results that the store kept."""
+        self._steps.labels(step).inc(count)
+
+    def discarded(self, count: int) -> None:
+        """Counts results that the store refused because their claim was lost."""
+        self._discarded.inc(count)
+
+    def failed(self, step: Step, dead: bool) -> None:
+        """Counts a failed step, and whether it was given up."""
+        self._failures.labels(step).inc()
+        if dead:
+            self._dead.labels(step).inc()
+
+    def repeated(self) -> None:
+        """Counts a writer call that may have been made, and paid for, before."""
+        self._repeated.inc()
+
+    def queue(self, statistics: Statistics) -> None:
+        """Sets the sizes of the queue."""
+        for step, count in statistics.pending.items():
+            self._queue.labels(step).set(count)
+        for step, count in statistics.dead.items():
+            self._dead_letters.labels(step).set(count)
+
+    def serve(self, port: int, address: str = "127.0.0.1") -> int:
+        """Shows the registry over HTTP from a background thread, until the process ends.
+
+        Args:
+            port: 0 lets the system choose one.
+            address: to listen on; ``0.0.0.0`` to be reached from other machines.
+
+        Returns:
+            The port.
+
+        Raises:
+            ConfigurationError: the port cannot be listened on.
+        """
+        try:
+            server, _ = start_http_server(port, addr=address, registry=self.registry)
+        except OSError as error:
+            raise ConfigurationError(f"metrics port {port}: {error}; choose another, or 0 for any") from error
+        return int(server.server_port)

@@ -1,0 +1,891 @@
+"""What every engine of `MemoryStore` promises. An engine's test module subclasses `MemoryStoreContract`.
+
+The subclass gives one fixture, ``engine``, an `Engine`. Everything else is the same for all engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from liber_runtime.behavior import Behavior, Domain, Item, Text
+from liber_runtime.exceptions import ConfigurationError, InvalidInputError, StoreError
+from liber_runtime.memory import (
+    STEPS,
+    Appended,
+    Committed,
+    Forgotten,
+    MemoryStore,
+    Representation,
+    Result,
+    Step,
+    Task,
+    open_store,
+)
+from liber_runtime.partition import AnyOf, Count, InterestDrift, PartitionCondition, TimeGap, stream
+
+DOMAIN = Domain("films", "film", "stars", (1.0, 5.0), 3.0, ("genre", "era"), "genres", "year")
+TEXT_STEPS: tuple[Step, ...] = ("summary", "shift")
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Engine(Protocol):
+    """A place for one store of the engine under test."""
+
+    url: str
+
+    def open(self, condition: PartitionCondition | None = None) -> MemoryStore:
+        """Opens the store at `url`; closed by the fixture. Leases run on `clock`."""
+
+    clock: Clock
+
+    def fresh(self) -> Engine:
+        """Another place, empty."""
+
+
+def behavior(user: str, number: int, feedback: float = 4.0) -> Behavior:
+    return Behavior(user, f"item-{number % 7}", feedback, 1e9 + number, f"event-{number}")
+
+
+def run(user: str, count: int, start: int = 0) -> list[Behavior]:
+    return [behavior(user, number) for number in range(start, start + count)]
+
+
+def make(task: Task, fingerprint: str = "encoder-1") -> Result:
+    """A result that tells from which texts it came."""
+    if task.step == "summary":
+        text = "summary of " + ",".join(behavior.event_id for behavior in task.behaviors)
+    elif task.step == "shift":
+        text = f"shift from [{task.previous}] to [{task.summary}]"
+    else:
+        vector = np.full(4, task.number + (0.5 if task.shift else 0.0), dtype=np.float32)
+        return Result(task, Representation(vector, fingerprint))
+    return Result(task, Text(task.step, text, "test", "v1", 10, None, 0.25, 5.0))
+
+
+def work_all(store: MemoryStore, steps: Sequence[Step] = STEPS, fingerprint: str = "encoder-1") -> Counter[str]:
+    done: Counter[str] = Counter()
+    while tasks := store.claim(steps, 7, 60.0):
+        committed = store.commit([make(task, fingerprint) for task in tasks])
+        assert committed == Committed(len(tasks), 0)
+        done.update(task.step for task in tasks)
+    return done
+
+
+def partitions_of(store: MemoryStore, user: str) -> list[tuple[str, ...]]:
+    timeline = store.timeline(user)
+    assert timeline is not None
+    return [tuple(behavior.event_id for behavior in record.behaviors) for record in timeline.partitions]
+
+
+# -- other processes ---------------------------------------------------------------------------------------------------
+
+
+def append_in_process(url: str, user: str, first: int, count: int) -> None:
+    store = open_store(url, Count(5))
+    for number in range(first, first + count, 3):
+        store.append([behavior(user, n) for n in range(number, min(number + 3, first + count))])
+    store.close()
+
+
+def append_until_killed(url: str, user: str, first: int, log: str) -> None:
+    """Writes each event's number to `log` after its acknowledgement, never before."""
+    store = open_store(url, Count(5))
+    number = first
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    while True:
+        store.append([behavior(user, number), behavior(user, number + 1)])
+        os.write(descriptor, f"{number}\n{number + 1}\n".encode())
+        number += 2
+
+
+def work_in_process(url: str, counts: multiprocessing.Queue[Counter[str]]) -> None:
+    store = open_store(url)
+    counts.put(work_all(store))
+    store.close()
+
+
+def spawn(function: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """Algorithm 1 and the queue in plain Python, written from the paper and the protocol, not from an engine."""
+
+    SIZE, GAP = 3, 50.0
+    condition = AnyOf(Count(SIZE), TimeGap(GAP))
+
+    def __init__(self) -> None:
+        self.cache: dict[str, list[Behavior]] = {}
+        self.partitions: dict[str, list[list[Behavior]]] = {}
+        self.seen: set[tuple[str, str]] = set()
+        self.done: dict[tuple[str, int, Step], object] = {}
+
+    def append(self, behaviors: Sequence[Behavior]) -> Appended:
+        kept = cut = 0
+        for new in behaviors:
+            if (new.user_id, new.event_id) in self.seen:
+                continue
+            self.seen.add((new.user_id, new.event_id))
+            kept += 1
+            cache = self.cache.setdefault(new.user_id, [])
+            partitions = self.partitions.setdefault(new.user_id, [])
+            if cache and new.timestamp - cache[-1].timestamp > self.GAP:
+                partitions.append(list(cache))
+                cache.clear()
+                cut += 1
+            cache.append(new)
+            if len(cache) == self.SIZE:
+                partitions.append(list(cache))
+                cache.clear()
+                cut += 1
+        return Appended(kept, len(behaviors) - kept, cut)
+
+    def forget(self, user: str) -> Forgotten:
+        partitions, cache = self.partitions.pop(user, []), self.cache.pop(user, [])
+        self.seen = {key for key in self.seen if key[0] != user}
+        self.done = {key: made for key, made in self.done.items() if key[0] != user}
+        return Forgotten(sum(map(len, partitions)) + len(cache), len(partitions))
+
+    def open_steps(self) -> set[tuple[str, int, Step]]:
+        """Steps that the texts there are allow and that are not made."""
+        found: set[tuple[str, int, Step]] = set()
+        for user, partitions in self.partitions.items():
+            for number in range(1, len(partitions) + 1):
+                summary = (user, number, "summary") in self.done
+                found.add((user, number, "summary"))
+                if summary and number > 1 and (user, number - 1, "summary") in self.done:
+                    found.add((user, number, "shift"))
+                if summary and (number == 1 or (user, number, "shift") in self.done):
+                    found.add((user, number, "representation"))
+        return {key for key in found if key not in self.done}
+
+
+USERS = ("ann", "bo", "čeněk")
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """Drives a store and the model side by side; after every step they must agree."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine.fresh()
+        self.store = self.engine.open(Model.condition)
+        self.model = Model()
+        self.held: list[Task] = []
+        self.dead: set[tuple[str, int, Step]] = set()
+        self.time = 0.0
+
+    def teardown(self) -> None:
+        self.store.close()
+
+    @rule(
+        events=st.lists(
+            st.tuples(st.sampled_from(USERS), st.integers(0, 60), st.sampled_from([0.0, 1.0, 60.0])), max_size=14
+        )
+    )
+    def append(self, events: list[tuple[str, int, float]]) -> None:
+        behaviors = []
+        for user, number, pause in events:
+            self.time += pause
+            behaviors.append(Behavior(user, f"item {number}", float(number), self.time, f"e{number}"))
+        assert self.store.append(behaviors) == self.model.append(behaviors)
+
+    @rule(steps=st.sets(st.sampled_from(STEPS), min_size=1), limit=st.integers(1, 5))
+    def claim(self, steps: set[Step], limit: int) -> None:
+        tasks = self.store.claim(steps, limit, 100.0)
+        held = {(task.user_id, task.number, task.step) for task in self.held}
+        ready = {key for key in self.model.open_steps() - held - self.dead if key[2] in steps}
+        claimed = {(task.user_id, task.number, task.step) for task in tasks}
+        assert len(claimed) == len(tasks) == min(limit, len(ready))
+        assert claimed <= ready
+        for task in tasks:
+            self.check_task(task)
+        self.held += tasks
+
+    def check_task(self, task: Task) -> None:
+        done = {(step, number): made for (user, number, step), made in self.model.done.items() if user == task.user_id}
+        if task.step == "summary":
+            assert list(task.behaviors) == self.model.partitions[task.user_id][task.number - 1]
+            return
+        assert task.summary == done["summary", task.number]
+        assert task.previous == (done["summary", task.number - 1] if task.step == "shift" else "")
+        assert task.shift == (done.get(("shift", task.number), "") if task.step == "representation" else "")
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(self.held), min_size=1, unique_by=id))
+        results = [make(task) for task in chosen]
+        assert self.store.commit(results) == Committed(len(chosen), 0)
+        assert self.store.commit(results) == Committed(0, len(chosen))
+        for task, result in zip(chosen, results, strict=True):
+            made = result.made.text if isinstance(result.made, Text) else result.made.vector.tolist()
+            self.model.done[task.user_id, task.number, task.step] = made
+        self.held = [task for task in self.held if task not in chosen]
+
+    @precondition(lambda self: self.held)
+    @rule(dead=st.booleans())
+    def release_one(self, dead: bool) -> None:
+        task = self.held.pop()
+        self.store.release([task], "no answer", None if dead else 0.0)
+        if dead:
+            self.dead.add((task.user_id, task.number, task.step))
+        assert self.store.commit([make(task)]) == Committed(0, 1)
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def let_leases_expire(self) -> None:
+        self.engine.clock.now += 101.0
+        expired, self.held = self.held, []
+        taken = self.store.claim(STEPS, 1000, 100.0)
+        self.held = taken
+        assert self.store.commit([make(task) for task in expired]) == Committed(0, len(expired))
+
+    @rule(user=st.sampled_from(USERS))
+    def forget(self, user: str) -> None:
+        assert self.store.forget(user) == self.model.forget(user)
+        gone = [task for task in self.held if task.user_id == user]
+        assert self.store.commit([make(task) for task in gone]) == Committed(0, len(gone))
+        self.held = [task for task in self.held if task.user_id != user]
+        self.dead = {key for key in self.dead if key[0] != user}
+        assert self.store.timeline(user) is None
+
+    @rule()
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = self.engine.open()
+
+    @rule(history=st.integers(0, 12), newest=st.integers(0, 4))
+    def read(self, history: int, newest: int) -> None:
+        asked = [*USERS, "nobody", USERS[0]]
+        for user, memory in zip(asked, self.store.read(asked, history, newest), strict=True):
+            if user not in self.model.cache:
+                assert memory is None
+                continue
+            assert memory is not None
+            everything = [b for run in self.model.partitions[user] for b in run] + self.model.cache[user]
+            expected = [(b.item_id, b.feedback) for b in everything][max(0, len(everything) - history) :]
+            assert list(memory.history) == expected
+            numbers = sorted(n for u, n, step in self.model.done if u == user and step == "representation")
+            vectors = [self.model.done[user, n, "representation"] for n in numbers[max(0, len(numbers) - newest) :]]
+            assert memory.representations.tolist() == vectors
+
+    @invariant()
+    def timelines_agree(self) -> None:
+        for user, cache in self.model.cache.items():
+            timeline = self.store.timeline(user)
+            assert timeline is not None
+            assert list(timeline.cache) == cache
+            assert [list(record.behaviors) for record in timeline.partitions] == self.model.partitions[user]
+            for record in timeline.partitions:
+                for step, text in (("summary", record.summary), ("shift", record.shift)):
+                    made = self.model.done.get((user, record.number, step))
+                    assert (text.text if text else None) == made
+
+    @invariant()
+    def statistics_agree(self) -> None:
+        statistics = self.store.statistics()
+        assert statistics.users == len(self.model.cache)
+        assert statistics.behaviors == len(self.model.seen)
+        assert statistics.partitions == sum(map(len, self.model.partitions.values()))
+        waiting = Counter(step for *_, step in self.model.open_steps() - self.dead)
+        assert statistics.pending == {step: waiting[step] for step in STEPS}
+        assert statistics.dead == {step: sum(key[2] == step for key in self.dead) for step in STEPS}
+
+
+# -- the suite ---------------------------------------------------------------------------------------------------------
+
+
+class MemoryStoreContract:
+    """Subclass with an ``engine`` fixture."""
+
+    @pytest.fixture
+    def engine(self) -> Engine:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def store(self, engine: Engine) -> MemoryStore:
+        return engine.open(Count(5))
+
+    # append
+
+    def test_counts_what_it_kept_and_cut(self, store: MemoryStore) -> None:
+        assert store.append([]) == Appended(0, 0, 0)
+        assert store.append(run("ann", 12)) == Appended(12, 0, 2)
+        assert partitions_of(store, "ann") == [tuple(f"event-{n}" for n in r) for r in (range(5), range(5, 10))]
+        timeline = store.timeline("ann")
+        assert timeline is not None
+        assert timeline.cache == tuple(run("ann", 2, 10))
+        assert [record.number for record in timeline.partitions] == [1, 2]
+
+    def test_a_known_event_changes_nothing(self, store: MemoryStore) -> None:
+        store.append(run("ann", 7))
+        again = [dataclasses.replace(b, feedback=1.0) for b in run("ann", 7)]
+        assert store.append([*again, behavior("ann", 7), behavior("ann", 7)]) == Appended(1, 8, 0)
+        timeline = store.timeline("ann")
+        assert timeline is not None
+        assert [b.feedback for b in timeline.cache] == [4.0] * 3
+
+    def test_the_same_event_id_of_two_users_is_two_behaviors(self, store: MemoryStore) -> None:
+        assert store.append([behavior("ann", 1), behavior("bo", 1)]) == Appended(2, 0, 0)
+
+    def test_users_may_be_mixed_in_one_call(self, store: MemoryStore) -> None:
+        mixed = [b for pair in zip(run("ann", 6), run("bo", 6), strict=True) for b in pair]
+        assert store.append(mixed) == Appended(12, 0, 2)
+        assert partitions_of(store, "ann") == partitions_of(store, "bo")
+
+    def test_arrival_order_is_kept_whatever_the_timestamps_say(self, store: MemoryStore) -> None:
+        backwards = run("ann", 5)[::-1]
+        store.append(backwards)
+        assert partitions_of(store, "ann") == [tuple(b.event_id for b in backwards)]
+
+    @pytest.mark.parametrize(
+        "identity", ["a b", "čeněk", "漢字", "'; DROP TABLE users; --", "%", "u\u2028v", "x" * 512]
+    )
+    def test_any_valid_id_comes_back(self, store: MemoryStore, identity: str) -> None:
+        behaviors = [Behavior(identity, identity, 0.1 + 0.2, 1e9 + n / 3, f"{identity[:500]}{n}") for n in range(6)]
+        store.append(behaviors)
+        timeline = store.timeline(identity)
+        assert timeline is not None
+        assert [*timeline.partitions[0].behaviors, *timeline.cache] == behaviors
+        (memory,) = store.read([identity], 20, 1)
+        assert memory is not None
+        assert memory.history == ((identity, 0.1 + 0.2),) * 6
+
+    def test_a_failing_condition_leaves_nothing_behind(self, engine: Engine) -> None:
+        class Broken:
+            def boundary(self, cache: Sequence[Behavior], previous: object) -> int:
+                return 99 if cache[-1].user_id == "bo" else 0
+
+            def __str__(self) -> str:
+                return "broken"
+
+        store = engine.open(Broken())
+        with pytest.raises(ConfigurationError, match="broken cut 99"):
+            store.append([behavior("ann", 1), behavior("bo", 1)])
+        assert store.users() == []
+        assert store.statistics().behaviors == 0
+        assert store.append([behavior("ann", 1)]) == Appended(1, 0, 0)
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_chunks_do_not_matter(self, engine: Engine, data: st.DataObject) -> None:
+        condition = AnyOf(Count(4), TimeGap(30))
+        pauses = data.draw(st.lists(st.sampled_from([1.0, 31.0]), max_size=40))
+        behaviors, moment = [], 0.0
+        for number, pause in enumerate(pauses):
+            moment += pause
+            behaviors.append(Behavior("ann" if number % 3 else "bo", "item", 1.0, moment, str(number)))
+        store = engine.fresh().open(condition)
+        start = 0
+        while start < len(behaviors):
+            size = data.draw(st.integers(1, 9))
+            store.append(behaviors[start : start + size])
+            start += size
+        for user in ("ann", "bo"):
+            once = stream(condition, (), [b for b in behaviors if b.user_id == user])
+            timeline = store.timeline(user)
+            kept = [r.behaviors for r in timeline.partitions] if timeline else []
+            assert (kept, timeline.cache if timeline else ()) == (list(once.partitions), once.cache)
+        store.close()
+
+    def test_a_model_based_condition_sees_the_last_partition(self, engine: Engine) -> None:
+        vectors = {"left": np.array([1.0, 0.0], np.float32), "right": np.array([0.0, 1.0], np.float32)}
+        condition = InterestDrift(vectors, distance=0.5, least=2, first=3)
+        behaviors = [
+            Behavior("ann", item, 1.0, float(n), str(n))
+            for n, item in enumerate(["left"] * 3 + ["left"] * 2 + ["right"] * 9)
+        ]
+        store = engine.open(condition)
+        for one in behaviors:
+            store.append([one])
+        once = stream(condition, (), behaviors)
+        assert len(once.partitions) >= 2
+        timeline = store.timeline("ann")
+        assert timeline is not None
+        assert tuple(record.behaviors for record in timeline.partitions) == once.partitions
+
+    # condition and reopening
+
+    def test_the_default_condition_is_the_papers(self, engine: Engine) -> None:
+        assert engine.open().condition == Count(20)
+
+    def test_the_condition_is_kept(self, engine: Engine) -> None:
+        condition = AnyOf(Count(7), TimeGap(1800))
+        engine.open(condition).close()
+        assert engine.open().condition == condition
+        assert engine.open(condition).condition == condition
+
+    def test_another_condition_is_refused(self, engine: Engine) -> None:
+        engine.open(Count(7)).close()
+        with pytest.raises(ConfigurationError, match=r"cuts partitions by count\(7\), not count\(8\)"):
+            engine.open(Count(8))
+
+    def test_a_condition_without_a_name_is_refused(self, engine: Engine) -> None:
+        class Nameless:
+            def boundary(self, cache: Sequence[Behavior], previous: object) -> int:
+                return 0
+
+        with pytest.raises(ConfigurationError, match="give it a __str__"):
+            engine.open(Nameless())
+
+    def test_a_condition_made_in_python_must_be_given_to_append(self, engine: Engine) -> None:
+        drift = InterestDrift({"item": np.ones(2, np.float32)})
+        engine.open(drift).append([behavior("ann", 1)])
+        store = engine.open()
+        assert store.users() == ["ann"]
+        with pytest.raises(ConfigurationError, match="interest_drift"):
+            store.append([behavior("ann", 2)])
+        assert engine.open(drift).append([behavior("ann", 2)]) == Appended(1, 0, 0)
+
+    def test_everything_is_there_after_reopening(self, engine: Engine) -> None:
+        store = engine.open(Count(5))
+        store.put_items(DOMAIN, [Item("item-1", "One", {"genres": ("a", "b"), "year": 1994, "stars": 4.5})])
+        store.put_profiles({"ann": {"age": 31, "job": "poet"}})
+        store.append(run("ann", 12))
+        work_all(store)
+        before = store.timeline("ann"), store.statistics(), store.read(["ann"], 20, 5), store.items(["item-1"])
+        store.close()
+        store = engine.open()
+        after = store.timeline("ann"), store.statistics(), store.read(["ann"], 20, 5), store.items(["item-1"])
+        assert repr(after) == repr(before)
+        assert store.domain == DOMAIN
+
+    # items and profiles
+
+    def test_items_and_domain(self, store: MemoryStore) -> None:
+        assert store.domain is None
+        one, two = Item("1", "One", {"genres": ("a",), "year": 1994}), Item("2", 'Two "II"\x00\n')
+        store.put_items(DOMAIN, [one, two])
+        assert store.domain == DOMAIN
+        assert store.items(["1", "2", "2", "unknown"]) == {"1": one, "2": two}
+        store.put_items(dataclasses.replace(DOMAIN, name="new"), [dataclasses.replace(one, title="Uno")])
+        assert store.domain is not None
+        assert store.domain.name == "new"
+        assert store.items(["1"])["1"].title == "Uno"
+        assert store.statistics().items == 2
+
+    def test_text_that_is_not_utf8_is_refused_whole(self, store: MemoryStore) -> None:
+        with pytest.raises(InvalidInputError, match="not valid UTF-8"):
+            store.put_items(DOMAIN, [Item("1", "fine"), Item("2", "broken \ud800")])
+        assert store.domain is None
+        assert store.items(["1"]) == {}
+
+    def test_profiles(self, store: MemoryStore) -> None:
+        store.put_profiles({"ann": {"age": 31, "tags": ("x", "y")}, "bo": {}})
+        store.put_profiles({"ann": {"age": 32, "tags": ("x", "y")}})
+        (memory,) = store.read(["ann"], 20, 5)
+        assert memory is not None
+        assert memory.profile == {"age": 32, "tags": ("x", "y")}
+        assert memory.history == ()
+        assert memory.representations.shape == (0, 0)
+        store.append(run("ann", 5))
+        (task,) = store.claim(["summary"], 1, 60.0)
+        assert task.profile == {"age": 32, "tags": ("x", "y")}
+        timeline = store.timeline("ann")
+        assert timeline is not None
+        assert timeline.profile == {"age": 32, "tags": ("x", "y")}
+
+    def test_users_in_the_order_they_came(self, store: MemoryStore) -> None:
+        store.append(run("zoe", 1))
+        store.put_profiles({"mia": {"age": 1}})
+        store.append([*run("ann", 1), *run("zoe", 1, 1)])
+        assert store.users() == ["zoe", "mia", "ann"]
+        assert store.statistics().users == 2
+
+    # the cascade
+
+    def test_the_cascade(self, store: MemoryStore) -> None:
+        store.append(run("ann", 16))
+        assert store.claim(["shift", "representation"], 9, 60.0) == []
+        summaries = store.claim(["summary"], 9, 60.0)
+        assert [(task.number, task.step, task.attempts) for task in summaries] == [
+            (1, "summary", 1),
+            (2, "summary", 1),
+            (3, "summary", 1),
+        ]
+        assert [b for task in summaries for b in task.behaviors] == run("ann", 15)
+
+        store.commit([make(summaries[2])])
+        assert store.claim(STEPS, 9, 60.0) == []
+
+        store.commit([make(summaries[0])])
+        (first,) = store.claim(STEPS, 9, 60.0)
+        assert (first.number, first.step, first.shift) == (1, "representation", "")
+
+        store.commit([make(summaries[1])])
+        shifts = store.claim(STEPS, 9, 60.0)
+        assert [(task.number, task.step) for task in shifts] == [(2, "shift"), (3, "shift")]
+        texts = [made.text for task in summaries if isinstance(made := make(task).made, Text)]
+        assert [(task.previous, task.summary) for task in shifts] == [(texts[0], texts[1]), (texts[1], texts[2])]
+
+        store.commit([make(task) for task in shifts])
+        representations = store.claim(STEPS, 9, 60.0)
+        assert [(task.number, task.summary) for task in representations] == [(2, texts[1]), (3, texts[2])]
+        assert all(task.shift.startswith("shift from") for task in representations)
+
+        store.commit([make(task) for task in [first, *representations]])
+        assert store.claim(STEPS, 9, 60.0) == []
+        (memory,) = store.read(["ann"], 20, 9)
+        assert memory is not None
+        assert memory.representations.tolist() == [[1.0] * 4, [2.5] * 4, [3.5] * 4]
+        assert memory.representations.dtype == np.float32
+        assert memory.fingerprints == {"encoder-1"}
+
+    def test_provenance_is_kept(self, store: MemoryStore) -> None:
+        store.append(run("ann", 10))
+        work_all(store)
+        timeline = store.timeline("ann")
+        assert timeline is not None
+        first, second = timeline.partitions
+        assert first.shift is None
+        assert second.summary == Text(
+            "summary", "summary of event-5,event-6,event-7,event-8,event-9", "test", "v1", 10, None, 0.25, 5.0
+        )
+        assert second.shift is not None
+        assert second.representation is not None
+        assert second.representation.fingerprint == "encoder-1"
+        assert second.representation.vector.tolist() == [2.5] * 4
+
+    def test_the_oldest_steps_come_first(self, engine: Engine) -> None:
+        store = engine.open(Count(5))
+        for user in ("zoe", "ann", "mia"):
+            store.append(run(user, 5))
+            engine.clock.now += 1.0
+        store.commit([make(task) for task in store.claim(["summary"], 1, 60.0)])
+        engine.clock.now += 1.0
+        store.append(run("late", 5))
+        claimed = [(task.user_id, task.step) for task in store.claim(STEPS, 9, 60.0)]
+        assert claimed == [("ann", "summary"), ("mia", "summary"), ("zoe", "representation"), ("late", "summary")]
+
+    def test_claim_takes_only_what_is_asked(self, store: MemoryStore) -> None:
+        store.append(run("ann", 25))
+        assert store.claim([], 9, 60.0) == []
+        assert store.claim(["summary"], 0, 60.0) == []
+        assert len(store.claim(["summary"], 2, 60.0)) == 2
+        assert len(store.claim(["summary"], 9, 60.0)) == 3
+
+    # claims
+
+    def test_an_expired_claim_is_taken_over_and_its_result_discarded(self, engine: Engine) -> None:
+        store = engine.open(Count(5))
+        store.append(run("ann", 5))
+        (first,) = store.claim(["summary"], 1, 60.0)
+        engine.clock.now += 59.0
+        assert store.claim(["summary"], 1, 60.0) == []
+        engine.clock.now += 2.0
+        (second,) = store.claim(["summary"], 1, 60.0)
+        assert (second.attempts, store.statistics().repeated) == (2, 1)
+        assert store.commit([make(first)]) == Committed(0, 1)
+        assert store.commit([make(second)]) == Committed(1, 0)
+        assert store.commit([make(second)]) == Committed(0, 1)
+        store.release([first, second], "too late", None)
+        assert store.statistics().dead["summary"] == 0
+
+    def test_an_expired_claim_that_nobody_took_still_counts(self, engine: Engine) -> None:
+        store = engine.open(Count(5))
+        store.append(run("ann", 5))
+        tasks = store.claim(["summary"], 1, 60.0)
+        engine.clock.now += 1_000.0
+        assert store.commit([make(task) for task in tasks]) == Committed(1, 0)
+
+    def test_release_waits_then_gives_the_step_again(self, engine: Engine) -> None:
+        store = engine.open(Count(5))
+        store.append(run("ann", 5))
+        store.release(store.claim(["summary"], 1, 60.0), "no answer", 30.0)
+        assert store.claim(["summary"], 1, 60.0) == []
+        assert store.statistics().pending["summary"] == 1
+        engine.clock.now += 31.0
+        (task,) = store.claim(["summary"], 1, 60.0)
+        assert task.attempts == 2
+
+    def test_a_dead_step_is_not_claimed(self, engine: Engine) -> None:
+        store = engine.open(Count(5))
+        store.append(run("ann", 5))
+        store.release(store.claim(["summary"], 1, 60.0), "broken \ud800 " + "x" * 100_000, None)
+        engine.clock.now += 1e9
+        assert store.claim(STEPS, 9, 60.0) == []
+        assert store.statistics().dead == {"summary": 1, "shift": 0, "representation": 0}
+        assert store.statistics().pending == {"summary": 0, "shift": 0, "representation": 0}
+
+    def test_a_result_of_the_wrong_kind_is_refused_whole(self, store: MemoryStore) -> None:
+        store.append(run("ann", 10))
+        first, second = store.claim(["summary"], 2, 60.0)
+        wrong = Result(second, Text("shift", "text", "test", "v1", None, None, 0.0, 0.0))
+        with pytest.raises(InvalidInputError, match="a shift was made for a summary"):
+            store.commit([make(first), wrong])
+        assert store.commit([make(first), make(second)]) == Committed(2, 0)
+
+    @pytest.mark.parametrize("values", [[[1.0, 2.0]], [], [float("nan"), 1.0]])
+    def test_a_broken_vector_is_refused(self, store: MemoryStore, values: list[object]) -> None:
+        store.append(run("ann", 5))
+        work_all(store, TEXT_STEPS)
+        (task,) = store.claim(["representation"], 1, 60.0)
+        with pytest.raises(InvalidInputError, match="float32"):
+            store.commit([Result(task, Representation(np.array(values, np.float32), "encoder-1"))])
+        assert store.commit([make(task)]) == Committed(1, 0)
+
+    # re-encoding
+
+    def test_reencode_keeps_the_old_vectors_until_the_new_ones_are_there(self, store: MemoryStore) -> None:
+        store.append(run("ann", 15))
+        work_all(store)
+        before = store.timeline("ann")
+        assert store.reencode("encoder-1") == 0
+        assert store.reencode("encoder-2") == 3
+        tasks = store.claim(STEPS, 9, 60.0)
+        assert [(task.number, task.step) for task in tasks] == [(n, "representation") for n in (1, 2, 3)]
+        (memory,) = store.read(["ann"], 0, 9)
+        assert memory is not None
+        assert memory.fingerprints == {"encoder-1"}
+        store.commit([make(tasks[0], "encoder-2")])
+        (memory,) = store.read(["ann"], 0, 9)
+        assert memory is not None
+        assert memory.fingerprints == {"encoder-1", "encoder-2"}
+        assert memory.representations.shape == (3, 4)
+        store.commit([make(task, "encoder-2") for task in tasks[1:]])
+        after = store.timeline("ann")
+        assert before is not None
+        assert after is not None
+        assert [(r.summary, r.shift) for r in after.partitions] == [(r.summary, r.shift) for r in before.partitions]
+        assert {r.representation.fingerprint for r in after.partitions if r.representation} == {"encoder-2"}
+        assert store.statistics().repeated == 0
+
+    def test_reencode_voids_claims_and_revives_the_dead(self, store: MemoryStore) -> None:
+        store.append(run("ann", 10))
+        work_all(store)
+        store.reencode("encoder-2")
+        dead, held = store.claim(["representation"], 2, 60.0)
+        store.release([dead], "no answer", None)
+        assert store.reencode("encoder-3") == 2
+        assert store.commit([make(held, "encoder-2")]) == Committed(0, 1)
+        assert work_all(store, ["representation"], "encoder-3") == {"representation": 2}
+        assert store.reencode("encoder-3") == 0
+
+    def test_vectors_of_another_length_never_share_a_matrix(self, store: MemoryStore) -> None:
+        store.append(run("ann", 15))
+        work_all(store)
+        store.reencode("encoder-2")
+        first, second, third = store.claim(["representation"], 3, 60.0)
+        for task, shape in ((first, (2, 4)), (third, (2, 6)), (second, (3, 6))):
+            store.commit([Result(task, Representation(np.ones(6, np.float32), "encoder-2"))])
+            (memory,) = store.read(["ann"], 0, 9)
+            assert memory is not None
+            assert (memory.representations.shape, len(memory.fingerprints)) == (shape, 1)
+
+    # reading
+
+    def test_read_keeps_the_order_asked_for(self, store: MemoryStore) -> None:
+        store.append([*run("ann", 3), *run("bo", 13)])
+        work_all(store)
+        nobody, bo, ann, again = store.read(["nobody", "bo", "ann", "bo"], 4, 1)
+        assert nobody is None
+        assert ann is not None
+        assert bo is not None
+        assert again is not None
+        assert bo.history == again.history == tuple((b.item_id, b.feedback) for b in run("bo", 4, 9))
+        assert len(ann.history) == 3
+        assert ann.representations.shape == (0, 0)
+        assert ann.fingerprints == frozenset()
+        assert bo.representations.tolist() == [[2.5] * 4]
+        assert store.read([], 4, 1) == []
+
+    def test_read_never_waits_for_a_writer(self, store: MemoryStore) -> None:
+        """A condition that blocks inside `append` holds the write; readers go on."""
+        store.append(run("ann", 3))
+        writing, finish = threading.Event(), threading.Event()
+
+        class Slow:
+            def boundary(self, cache: Sequence[Behavior], previous: object) -> int:
+                writing.set()
+                assert finish.wait(20)
+                return 0
+
+            def __str__(self) -> str:
+                return "slow"
+
+        slow = self._fresh_with(store, Slow())
+        thread = threading.Thread(target=slow.append, args=(run("ann", 4),))
+        thread.start()
+        assert writing.wait(20)
+        assert slow.read(["ann"], 5, 5) == [None]
+        assert slow.users() == []
+        finish.set()
+        thread.join()
+        (memory,) = slow.read(["ann"], 5, 5)
+        assert memory is not None
+        assert len(memory.history) == 4
+
+    @pytest.fixture(autouse=True)
+    def _remember_engine(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def _fresh_with(self, store: MemoryStore, condition: PartitionCondition) -> MemoryStore:
+        return self.engine.fresh().open(condition)
+
+    # forgetting
+
+    def test_forget_leaves_nothing(self, store: MemoryStore) -> None:
+        store.append([*run("ann", 12), *run("bo", 12)])
+        store.put_profiles({"ann": {"age": 31}})
+        work_all(store)
+        store.append(run("ann", 5, 12))
+        assert store.forget("ann") == Forgotten(17, 3)
+        assert store.timeline("ann") is None
+        assert store.read(["ann"], 5, 5) == [None]
+        assert store.users() == ["bo"]
+        assert store.claim(STEPS, 9, 60.0) == []
+        statistics = store.statistics()
+        assert (statistics.users, statistics.behaviors, statistics.partitions) == (1, 12, 2)
+        assert store.forget("ann") == Forgotten(0, 0)
+        assert store.append(run("ann", 5)) == Appended(5, 0, 1)
+        assert partitions_of(store, "ann") == [tuple(f"event-{n}" for n in range(5))]
+
+    @pytest.mark.parametrize("comes_back", [False, True])
+    def test_a_late_worker_cannot_bring_a_user_back(self, store: MemoryStore, comes_back: bool) -> None:
+        store.append(run("ann", 10))
+        tasks = store.claim(["summary"], 2, 60.0)
+        assert store.forget("ann") == Forgotten(10, 2)
+        if comes_back:
+            store.append(run("ann", 10))
+            assert len(store.claim(["summary"], 2, 60.0)) == 2
+        assert store.commit([make(task) for task in tasks]) == Committed(0, 2)
+        store.release(tasks, "late", 0.0)
+        timeline = store.timeline("ann")
+        assert (timeline is not None) == comes_back
+        assert timeline is None or all(record.summary is None for record in timeline.partitions)
+        assert store.claim(STEPS, 9, 60.0) == []
+
+    def test_forget_a_user_with_a_profile_only(self, store: MemoryStore) -> None:
+        store.put_profiles({"ann": {"age": 31}})
+        assert store.forget("ann") == Forgotten(0, 0)
+        assert store.users() == []
+        assert store.statistics().users == 0
+
+    # concurrency
+
+    def test_threads_append_the_same_events_once(self, store: MemoryStore) -> None:
+        appended: list[Appended] = []
+
+        def append_all() -> None:
+            appended.extend(store.append(run("ann", 3, start)) for start in range(0, 60, 3))
+
+        threads = [threading.Thread(target=append_all) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(one.behaviors for one in appended) == 60
+        assert sum(one.partitions for one in appended) == 12
+        assert sorted(e for p in partitions_of(store, "ann") for e in p) == sorted(b.event_id for b in run("ann", 60))
+
+    def test_threads_claim_each_step_once(self, store: MemoryStore) -> None:
+        store.append(run("ann", 200))
+        claimed: list[Task] = []
+
+        def claim_all() -> None:
+            while tasks := store.claim(["summary"], 3, 60.0):
+                claimed.extend(tasks)
+
+        threads = [threading.Thread(target=claim_all) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(task.number for task in claimed) == list(range(1, 41))
+
+    def test_processes_append_and_work_at_once(self, engine: Engine) -> None:
+        store = engine.open(Count(5))
+        appenders = [spawn(append_in_process, engine.url, "ann", first, 60) for first in (0, 30)]
+        for process in appenders:
+            process.join(60)
+            assert process.exitcode == 0
+        assert store.statistics().behaviors == 90
+        counts: multiprocessing.Queue[Counter[str]] = multiprocessing.get_context("spawn").Queue()
+        workers = [spawn(work_in_process, engine.url, counts) for _ in range(2)]
+        done = counts.get(timeout=60) + counts.get(timeout=60) + work_all(store)
+        for process in workers:
+            process.join(60)
+            assert process.exitcode == 0
+        counts.close()
+        assert done == {"summary": 18, "shift": 17, "representation": 18}
+        assert store.statistics().repeated == 0
+
+    def test_nothing_acknowledged_is_lost_to_a_kill(self, engine: Engine, tmp_path: Path) -> None:
+        store = engine.open(Count(5))
+        acknowledged: list[int] = []
+        for kill in range(4):
+            log = tmp_path / f"log{kill}"
+            process = spawn(append_until_killed, engine.url, "ann", kill * 1_000_000, str(log))
+            patience = time.monotonic() + 60
+            while not (log.exists() and log.stat().st_size > 500) and time.monotonic() < patience:
+                time.sleep(0.01)
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            acknowledged += [int(line) for line in log.read_text().splitlines()]
+            # Whoever was not told sends again; what was kept counts once.
+            last = acknowledged[-1]
+            store.append([behavior("ann", last), behavior("ann", last + 1), behavior("ann", last + 2)])
+        timeline = store.timeline("ann")
+        assert timeline is not None
+        kept = [b.event_id for record in timeline.partitions for b in record.behaviors]
+        kept += [b.event_id for b in timeline.cache]
+        assert len(acknowledged) > 200
+        assert set(kept) >= {f"event-{number}" for number in acknowledged}
+        assert len(kept) == len(set(kept)) == store.statistics().behaviors
+        assert all(len(record.behaviors) == 5 for record in timeline.partitions)
+        numbers = [int(event.split("-")[1]) for event in kept]
+        assert numbers == sorted(numbers)
+
+    # the end
+
+    def test_close_is_idempotent_and_final(self, store: MemoryStore) -> None:
+        store.append(run("ann", 1))
+        store.close()
+        store.close()
+        for use in (
+            lambda: store.append(run("ann", 1)),
+            lambda: store.read(["ann"], 1, 1),
+            lambda: store.claim(STEPS, 1, 1.0),
+            lambda: store.forget("ann"),
+            store.statistics,
+        ):
+            with pytest.raises(StoreError, match="closed"):
+                use()
+
+    def test_behaves_as_the_model(self, engine: Engine) -> None:
+        run_state_machine_as_test(
+            lambda: MemoryMachine(engine),
+            settings=settings(max_examples=100, stateful_step_count=30, deadline=None),
+        )
