@@ -51,6 +51,7 @@ _STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "figure.facecolor": "none",
+    "figure.constrained_layout.wspace": 0.05,
     "grid.color": _LINE,
     "xtick.color": _LINE,
     "ytick.color": _LINE,
@@ -77,7 +78,7 @@ def draw_timeline(partitions: Sequence[Mapping[str, Any]]) -> str:
     """
     shown = partitions[-MOST_PARTITIONS:]
     with _style("timeline"):
-        figure = Figure(figsize=(_WIDTH, 1.3 + 0.28 * len(shown)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, min(9.0, 1.3 + 0.28 * len(shown))), layout="constrained")
         when, level = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
         numbers = [partition["number"] for partition in shown]
         starts = np.array([partition["start"] for partition in shown]) / _SECONDS_PER_DAY
@@ -182,10 +183,10 @@ def draw_latency(seconds_per_1000: Mapping[str, Mapping[str, float]]) -> str:
             axes.plot([p50, p99], [row, row], color=_LIBER, linewidth=2)
             axes.plot([p50], [row], "o", color=_LIBER, markersize=9)
             axes.plot([p99], [row], "|", color=_LIBER, markersize=14, markeredgewidth=2)
-            _annotate(axes, p99, row, f"{p50:.3g} s median, {p99:.3g} s p99")
+            _annotate(axes, p99, row, f"{format_seconds(p50)} median, {format_seconds(p99)} p99")
         for row, seconds in enumerate(paper.SECONDS_PER_1000.values(), start=len(names)):
             axes.plot([seconds], [row], "D", color=_PAPER, markersize=8)
-            _annotate(axes, seconds, row, f"{seconds:.3g} s")
+            _annotate(axes, seconds, row, format_seconds(seconds))
         _list_rows(axes, labels)
         axes.set_xscale("log")
         low, high = axes.get_xlim()
@@ -232,6 +233,11 @@ def draw_seconds(seconds: Mapping[str, float]) -> str:
         axes.set_xlim(left=0)
         axes.set_xlabel("seconds")
         return _to_svg(figure, "seconds")
+
+
+def format_seconds(seconds: float) -> str:
+    """Three digits, in milliseconds below a second."""
+    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _draw_dots(axes: Axes, rows: Sequence[tuple[str, float, str, str, bool]]) -> None:

@@ -55,7 +55,7 @@ def render(report: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(utc=_format_time, duration=_format_seconds, signed="{:+.4f}".format)
+    environment.filters.update(utc=_format_time, duration=plots.format_seconds, signed=_format_difference)
     return environment.get_template(_TEMPLATE).render(
         report=report,
         paper=paper,
@@ -139,7 +139,7 @@ def _compare(report: Mapping[str, Any]) -> list[_Row]:
     """The figures that the paper gives in one number, or that vouch for the others."""
     data, serving = report["data"], report["serving"]
     latency = serving["seconds_per_1000"]
-    table_7 = ", ".join(f"{model} {_format_seconds(value)}" for model, value in paper.SECONDS_PER_1000.items())
+    table_7 = ", ".join(f"{model} {plots.format_seconds(value)}" for model, value in paper.SECONDS_PER_1000.items())
     rows = [
         _Row("Users with samples", f"{data['eligible_users']:,}", f"{paper.USERS:,}", "section 4.1.1"),
         _Row(
@@ -154,7 +154,7 @@ def _compare(report: Mapping[str, Any]) -> list[_Row]:
         rows.append(
             _Row(
                 f"{name}: time for 1000 samples (U = {figures['users']:,}, N = {figures['candidates']:,})",
-                f"{_format_seconds(figures['p50'])} median, {_format_seconds(figures['p99'])} p99",
+                f"{plots.format_seconds(figures['p50'])} median, {plots.format_seconds(figures['p99'])} p99",
                 table_7,
                 "Table 7, other hardware",
             )
@@ -165,9 +165,9 @@ def _compare(report: Mapping[str, Any]) -> list[_Row]:
     return rows
 
 
+def _format_difference(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
 def _format_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%d %H:%M")
-
-
-def _format_seconds(seconds: float) -> str:
-    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -24,6 +24,13 @@ from liber_runtime.settings import Settings, load_settings
 
 MODEL = "liber_score"
 
+_OWN_CONNECTION = [
+    ("grpc.use_local_subchannel_pool", 1),
+    # Naming any option takes tritonclient's own away, of which no limit of message size is the one that matters.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+]
+
 _OUTPUTS = ("click_probability", "user_known", "item_known")
 
 
@@ -101,16 +108,20 @@ def fold(
 class ScoringClient:
     """Scores over one gRPC channel; may be shared between threads."""
 
-    def __init__(self, url: str | None = None, settings: Settings | None = None) -> None:
+    def __init__(
+        self, url: str | None = None, settings: Settings | None = None, *, own_connection: bool = False
+    ) -> None:
         """Names the server; connects at the first call.
 
         Args:
             url: host:port of Triton's gRPC endpoint; default ``LIBER_TRITON``.
             settings: limits and deadline; default from the environment.
+            own_connection: whether to keep a connection apart; the clients of a process otherwise share one per server.
         """
         self._settings = settings or load_settings()
         self._url = url or self._settings.triton
-        self._client = tritonclient.grpc.InferenceServerClient(self._url)
+        options = _OWN_CONNECTION if own_connection else None
+        self._client = tritonclient.grpc.InferenceServerClient(self._url, channel_args=options)
 
     def score(self, user_ids: Sequence[str] | str, item_ids: Sequence[str]) -> Scores:
         """Click probabilities of candidates.
