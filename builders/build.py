@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from liber_runtime.worker import Worker, WorkerProgress
 
 from builders.bundle import write_bundle
 from builders.datasets import Dataset
@@ -51,6 +50,7 @@ from liber_runtime.bundle import (
 from liber_runtime.exceptions import ConfigurationError
 from liber_runtime.memory import MemoryStore
 from liber_runtime.progress import Advance, progress
+from liber_runtime.worker import Worker, WorkerProgress
 from liber_runtime.writers import Writer
 
 APPEND_BATCH = 10_000

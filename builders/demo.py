@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from liber_runtime.worker import Worker
 from sklearn.metrics import log_loss, roc_auc_score
 
 from bench.environment import describe_machine, describe_versions
@@ -56,6 +55,7 @@ from liber_runtime.progress import console, progress
 from liber_runtime.representation import TritonEncoder
 from liber_runtime.scoring import AsyncScoringClient
 from liber_runtime.server import TritonServer
+from liber_runtime.worker import Worker
 from liber_runtime.writers.statistical import StatisticalWriter
 
 ILLUSTRATED_PARTITIONS = 8

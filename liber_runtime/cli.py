@@ -58,6 +58,8 @@ DataOption = Annotated[
 
 def main() -> None:
     """Runs the command; an error of LIBER's own is one line on standard error and exit status 1."""
+    # As Ctrl-C does, SIGTERM unwinds the stack, so that servers are stopped and files closed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         application()
     except LiberError as error:

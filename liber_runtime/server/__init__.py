@@ -22,8 +22,8 @@ from typing import NoReturn
 from liber_runtime.exceptions import ConfigurationError, ServerError
 from liber_runtime.server.control import ServerControl
 from liber_runtime.server.installation import LaunchPlan, TritonInstallation, find_tritonserver, plan_launch
-from liber_runtime.server.process import PortLostError, TritonProcess, find_ports
-from liber_runtime.server.stubs import ModelVersion
+from liber_runtime.server.process import PortLostError, TritonProcess, find_ports, sweep
+from liber_runtime.server.stubs import ModelVersion, abandoned_memory_prefixes
 from liber_runtime.server.supervisor import Supervisor
 
 __all__ = ["TritonInstallation", "TritonServer", "find_tritonserver", "run_until_signalled"]
@@ -144,6 +144,9 @@ class TritonServer:
         if self._thread is not None:
             raise ServerError(f"the server on {self.repository} is already started: stop() it first")
         self._check_repository()
+        for prefix in abandoned_memory_prefixes():
+            logger.warning("ending what a killed server left behind (%s)", prefix)
+            sweep(prefix)
         started: Future[None] = Future()
         self._stopping.clear()
         self._ended.clear()

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import os
-import secrets
 import socket
 import subprocess
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 from liber_runtime.exceptions import ConfigurationError, ServerError
 from liber_runtime.server.control import ServerControl, explain_failure, find_taken_port
 from liber_runtime.server.installation import LaunchPlan
-from liber_runtime.server.stubs import end_stubs
+from liber_runtime.server.stubs import end_stubs, memory_prefix
 
 _SHARED_MEMORY = Path("/dev/shm")
 _STUB_MEMORY_BYTES = 16 << 20
@@ -52,7 +51,7 @@ class TritonProcess:
     def __init__(self, plan: LaunchPlan, arguments: Sequence[str], log_file: Path, stop_timeout: float) -> None:
         self._log_file = log_file
         self._stop_timeout = stop_timeout
-        self._memory_prefix = f"liber_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._memory_prefix = memory_prefix(os.getpid())
         command = [
             *(str(plan.python), "-I", "-S", "-c", _BIND_TO_PARENT, str(os.getpid()), str(plan.binary)),
             *arguments,
@@ -119,9 +118,7 @@ class TritonProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        end_stubs(self._memory_prefix)
-        for region in _SHARED_MEMORY.glob(f"{self._memory_prefix}*"):
-            region.unlink(missing_ok=True)
+        sweep(self._memory_prefix)
 
     def _explain_exit(self) -> ServerError:
         log = self._log_file.read_bytes()[self._log_start :].decode(errors="replace")
@@ -130,6 +127,13 @@ class TritonProcess:
             return PortLostError(f"port {taken} was taken while the server started: start it again")
         reason = explain_failure(log) or f"tritonserver ended with exit status {self.exit_status}"
         return ServerError(f"{reason} (log: {self._log_file})")
+
+
+def sweep(prefix: str) -> None:
+    """Ends the stubs of a server that is gone and removes its shared memory."""
+    end_stubs(prefix)
+    for region in _SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
 
 
 def find_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:

@@ -9,6 +9,8 @@ than its configuration asks for.
 from __future__ import annotations
 
 import contextlib
+import re
+import secrets
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import psutil
 from liber_runtime.server.installation import STUB_NAME
 
 _INSTANCE_ARGUMENT = 8
+_MEMORY_PREFIX = re.compile(r"liber_(?P<owner>\d+)_[0-9a-f]{8}_")
 
 
 @dataclass(frozen=True, order=True)
@@ -117,6 +120,30 @@ def end_stubs(shared_memory_prefix: str) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(orphans, timeout=5)
+
+
+def abandoned_memory_prefixes() -> set[str]:
+    """Shared memory prefixes of stubs whose owner, the process that started their server, is gone.
+
+    A stub that was answering when its server was killed waits for ever, holding Python's lock, for that answer to be
+    taken: Triton's own check for a lost parent cannot run. Only processes are looked at, not shared memory itself,
+    which may be that of another container.
+    """
+    prefixes = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command_line = process.cmdline()
+            if parse_stub(command_line) is None:
+                continue
+            owned = _MEMORY_PREFIX.match(command_line[2])
+            if owned and not psutil.pid_exists(int(owned["owner"])):
+                prefixes.add(owned.group())
+    return prefixes
+
+
+def memory_prefix(owner: int) -> str:
+    """A new shared memory prefix for one server of the process `owner`."""
+    return f"liber_{owner}_{secrets.token_hex(4)}_"
 
 
 def _uses_shared_memory(process: psutil.Process, prefix: str) -> bool:

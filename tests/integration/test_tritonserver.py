@@ -415,3 +415,21 @@ class TestTheProcessAroundIt:
         _, left = psutil.wait_procs(processes, timeout=PATIENCE_SECONDS)
         assert not left
         assert not list(Path("/dev/shm").glob(f"liber_{serving.pid}_*"))
+
+    def test_the_next_start_ends_what_a_killed_process_left(
+        self, serving: subprocess.Popen[str], tmp_path: Path
+    ) -> None:
+        assert serving.stdout is not None
+        server = psutil.Process(int(serving.stdout.readline()))
+        (stub,) = server.children()
+        # A stopped stub stands for one that hangs in an answer: neither ends by itself when its server is gone.
+        stub.suspend()
+        serving.kill()
+        server.kill()
+        serving.wait()
+        await_true(lambda: has_ended(server))
+        assert not has_ended(stub)
+        with TritonServer(tmp_path / "repository", log_file=tmp_path / "next.log", stop_timeout=3) as following:
+            assert following.is_alive
+            assert has_ended(stub)
+            assert not list(Path("/dev/shm").glob(f"liber_{serving.pid}_*"))
