@@ -21,6 +21,6 @@ def explain(error: InferenceServerException, url: str, seconds: float) -> Scorin
         message = f"Triton at {url} did not answer within {seconds:g} s; try again, or raise LIBER_DEADLINE_SECONDS"
     elif status == "UNAVAILABLE" and ("connect" in message or "Socket closed" in message):
         message = f"no Triton answers at {url} ({message}); start one with `liber serve`, or set LIBER_TRITON"
-    elif status in ("NOT_FOUND", "UNAVAILABLE") and "unknown model" in message:
-        message = f"Triton at {url} serves no such model ({message}); publish a bundle with `liber build --repository`"
+    elif "unknown model" in message or "failed to poll from model repository" in message:
+        message = f"Triton at {url} has no such model ({message}); publish a bundle with `liber build --repository`"
     return ScoringError(message, status)
