@@ -18,8 +18,9 @@ from liber_runtime.grpc_errors import explain
 
 MODEL = "liber_encode"
 
-PAIRS_PER_REQUEST = 32
-"""Pairs of texts in one request: enough to fill the processor, few enough that a request takes about a second."""
+PAIRS_PER_REQUEST = 8
+"""Pairs of texts in one request. On a CPU few are faster than many: their activations stay in the cache (measured:
+13,000 tokens/s with 8 pairs, 9,000 with 32)."""
 
 REQUESTS_IN_FLIGHT = 2
 """One request computes while the next one is tokenized."""

@@ -18,8 +18,9 @@ from liber_runtime.steps.session import OnnxSession
 class TokenizerStep:
     """summary BYTES[B], shift BYTES[B] -> input_ids and attention_mask int64[C,L], chunk_owner int64[C].
 
-    Every text is cut into chunks of at most `max_tokens` tokens; `chunk_owner` says which pair a chunk belongs to.
-    An empty shift has no chunk of its own, an empty pair has one with the special tokens alone.
+    The two texts of a pair are read as one, ``[CLS] summary [SEP] shift [SEP]``, so that each is encoded in the light
+    of the other; what is longer than `max_tokens` is cut into chunks, each opened and closed by the special tokens.
+    `chunk_owner` says which pair a chunk belongs to.
     """
 
     inputs = ("summary", "shift")
@@ -64,11 +65,10 @@ class TokenizerStep:
         chunks: list[list[int]] = []
         owners: list[int] = []
         room = spec.max_tokens - 2
-        for position, encoding in enumerate(encoded):
-            ids = encoding.ids
-            owner = position % len(summaries)
-            if not ids and position >= len(summaries):
-                continue
+        for owner, (summary, shift) in enumerate(
+            zip(encoded[: len(summaries)], encoded[len(summaries) :], strict=True)
+        ):
+            ids = [*summary.ids, spec.end_id, *shift.ids] if shift.ids else summary.ids
             for start in range(0, max(1, len(ids)), room):
                 chunks.append([spec.start_id, *ids[start : start + room], spec.end_id])
                 owners.append(owner)
