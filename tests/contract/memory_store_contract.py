@@ -887,5 +887,5 @@ class MemoryStoreContract:
     def test_behaves_as_the_model(self, engine: Engine) -> None:
         run_state_machine_as_test(
             lambda: MemoryMachine(engine),
-            settings=settings(max_examples=100, stateful_step_count=30, deadline=None),
+            settings=settings(max_examples=50, stateful_step_count=30, deadline=None),
         )
