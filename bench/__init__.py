@@ -1,0 +1,1 @@
+"""Benchmarks: commands that write JSON with the machine, the versions and the seed beside their figures."""

@@ -109,4 +109,3 @@ def clean(text: str) -> str:
 def bounded(text: str, limit: int) -> str:
     """At most `limit` characters of `text`, cut visibly."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
-

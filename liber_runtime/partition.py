@@ -77,7 +77,7 @@ class TimeGap:
         return 0
 
     def __str__(self) -> str:
-        return f"time_gap({self.seconds:g})"
+        return f"time_gap({_exact(self.seconds)})"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TimeWindow:
         return 0
 
     def __str__(self) -> str:
-        return f"time_window({self.seconds:g})"
+        return f"time_window({_exact(self.seconds)})"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,9 @@ class InterestDrift:
 
     def __post_init__(self) -> None:
         if not 0 < self.distance <= 2:
-            raise ConfigurationError(f"interest drift: distance {self.distance!r} must lie in (0, 2], a cosine distance")
+            raise ConfigurationError(
+                f"interest drift: distance {self.distance!r} must lie in (0, 2], a cosine distance"
+            )
         if self.least < 1 or self.first < 1:
             raise ConfigurationError(f"interest drift: least={self.least}, first={self.first} must be at least 1")
 
@@ -236,7 +238,8 @@ def stream(
         cut = condition.boundary(pending, last_partition)
         if not 0 <= cut <= len(pending):
             raise ConfigurationError(
-                f"partition condition {condition} cut {cut} of a cache of {len(pending)}; it must return 0 to {len(pending)}"
+                f"partition condition {condition} cut {cut} behaviors of a cache of {len(pending)}; "
+                "it must return a number from 0 to the cache's length"
             )
         if cut:
             partitions.append(tuple(pending[:cut]))
@@ -254,7 +257,7 @@ def parse_condition(text: str) -> PartitionCondition:
     """
     try:
         return _build(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, TypeError, ValueError, RecursionError) as error:
+    except (SyntaxError, TypeError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise ConfigurationError(
             f"partition condition {text!r:.200} is not understood ({error}); write for example "
             "'count(20)' or 'any_of(count(20), time_gap(1800))' with seconds"
@@ -283,8 +286,17 @@ def _build(node: ast.expr) -> PartitionCondition:
     raise ValueError(f"no condition is called {name!r}; there are {known}")
 
 
+def _exact(seconds: float) -> str:
+    """Shortest text that reads back as the same number: stores keep conditions as text."""
+    return repr(float(seconds)).removesuffix(".0")
+
+
 def _require_positive(name: str, seconds: float) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not (seconds > 0 and math.isfinite(seconds)):
+    if (
+        isinstance(seconds, bool)
+        or not isinstance(seconds, int | float)
+        or not (seconds > 0 and math.isfinite(seconds))
+    ):
         raise ConfigurationError(f"{name}({seconds!r}): seconds must be a positive number")
 
 

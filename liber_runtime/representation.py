@@ -1,13 +1,28 @@
-"""Knowledge encoder, online half: (summary, shift) -> r_j (paper, section 3.4.1, Eq. 4)."""
+"""Knowledge encoder, online half: (summary, shift) -> r_j through Triton (paper, section 3.4.1, Eq. 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import tritonclient.grpc
+import tritonclient.grpc.aio
+from tritonclient.utils import InferenceServerException
+
+from liber_runtime.exceptions import ScoringError
+from liber_runtime.grpc_errors import explain
+
+MODEL = "liber_encode"
+
+PAIRS_PER_REQUEST = 32
+"""Pairs of texts in one request: enough to fill the processor, few enough that a request takes about a second."""
+
+REQUESTS_IN_FLIGHT = 2
+"""One request computes while the next one is tokenized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +42,98 @@ class Encoder(Protocol):
     """Turns the two texts of partitions into representations."""
 
     async def encode(self, texts: Sequence[tuple[str, str]]) -> Encoded:
-        """Encodes pairs of (summary, shift); the shift of a first partition is empty.
+        """Encodes pairs of (summary, shift), at least one; the shift of a first partition is empty.
 
         Raises:
             ScoringError: the encoding server refused or did not answer.
         """
         ...
+
+
+class TextModel:
+    """An ensemble on Triton that makes one row of each (summary, shift): ``liber_encode`` or ``liber_embed``."""
+
+    def __init__(self, url: str, model: str, deadline_seconds: float = 120.0) -> None:
+        """Names the server and the ensemble; connects at the first call."""
+        self._url = url
+        self._model = model
+        self._deadline = deadline_seconds
+        self._client = tritonclient.grpc.aio.InferenceServerClient(url)
+
+    async def run(
+        self,
+        texts: Sequence[tuple[str, str]],
+        outputs: Sequence[str],
+        receive: Callable[[list[int], dict[str, npt.NDArray[Any]]], None],
+    ) -> None:
+        """Sends all pairs, those of like length together, so that little padding is computed.
+
+        Args:
+            texts: pairs of (summary, shift).
+            outputs: tensors wanted.
+            receive: called once per answered request with the positions in `texts` it was about, and its outputs.
+
+        Raises:
+            ScoringError: the server refused or did not answer; what was received before stays received.
+        """
+        order = sorted(range(len(texts)), key=lambda position: -sum(map(len, texts[position])))
+        slots = asyncio.Semaphore(REQUESTS_IN_FLIGHT)
+
+        async def send(positions: list[int]) -> None:
+            async with slots:
+                receive(positions, await self._infer([texts[position] for position in positions], outputs))
+
+        requests = [
+            asyncio.ensure_future(send(order[start : start + PAIRS_PER_REQUEST]))
+            for start in range(0, len(order), PAIRS_PER_REQUEST)
+        ]
+        try:
+            await asyncio.gather(*requests)
+        finally:
+            for request in requests:
+                request.cancel()
+
+    async def _infer(self, texts: Sequence[tuple[str, str]], outputs: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        inputs = []
+        for name, column in zip(("summary", "shift"), zip(*texts, strict=True), strict=True):
+            tensor = tritonclient.grpc.InferInput(name, [len(texts)], "BYTES")
+            tensor.set_data_from_numpy(np.array([text.encode() for text in column], dtype=np.object_))
+            inputs.append(tensor)
+        requested = [tritonclient.grpc.InferRequestedOutput(name) for name in outputs]
+        try:
+            answer = await self._client.infer(self._model, inputs, outputs=requested, client_timeout=self._deadline)
+        except InferenceServerException as error:
+            raise explain(error, self._url, self._deadline) from None
+        return {name: answer.as_numpy(name) for name in outputs}
+
+    async def close(self) -> None:
+        """Closes the channel."""
+        await self._client.close()
+
+
+class TritonEncoder:
+    """The `Encoder` of production: ``liber_encode``, which says itself what its vectors were made by."""
+
+    def __init__(self, url: str) -> None:
+        """Names the server; connects at the first call."""
+        self._model = TextModel(url, MODEL)
+
+    async def encode(self, texts: Sequence[tuple[str, str]]) -> Encoded:
+        """See `Encoder.encode`. Equal pairs are encoded once."""
+        distinct = list(dict.fromkeys(texts))
+        rows: dict[tuple[str, str], npt.NDArray[np.float32]] = {}
+        fingerprints: set[str] = set()
+
+        def receive(positions: list[int], outputs: dict[str, npt.NDArray[Any]]) -> None:
+            fingerprints.add(outputs["fingerprint"][0].decode())
+            for position, row in zip(positions, outputs["representation"], strict=True):
+                rows[distinct[position]] = row
+
+        await self._model.run(distinct, ("representation", "fingerprint"), receive)
+        if len(fingerprints) != 1:
+            raise ScoringError("the encoder was replaced while these texts were encoded; encode them again", "ABORTED")
+        return Encoded(np.stack([rows[pair] for pair in texts]), fingerprints.pop())
+
+    async def close(self) -> None:
+        """Closes the channel."""
+        await self._model.close()

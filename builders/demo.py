@@ -1,0 +1,341 @@
+"""The main job: real behaviors through the whole of LIBER, and a report with the paper's figures beside its own.
+
+The log is cut where its test part begins. What came before fills the store, gets its texts and trains the models. The
+test part is then lived through: every test sample is scored over gRPC from what the store holds at that moment, then
+its behavior arrives, and a partition that it completes is written and encoded before the next one is scored. Nothing
+the served model answers from has seen the future.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+
+from bench.environment import describe_machine, describe_versions
+from bench.inference_latency import measure
+from builders.build import (
+    BuildSettings,
+    Knowledge,
+    export_bundle,
+    fit_representations,
+    make_base,
+    make_liber,
+    prepare,
+    remember,
+    train_once,
+    write_texts,
+)
+from builders.datasets import Dataset, load
+from builders.models.backbone import LiberModel
+from builders.replay import Samples, Split, calls_per_user, replay, split
+from builders.report import write as write_report
+from builders.repository import publish
+from builders.train import TrainingData, TrainingResult, predict
+from builders.vocabulary import Fit, fit
+from liber_runtime import __version__
+from liber_runtime.bundle import Manifest
+from liber_runtime.exceptions import LiberError
+from liber_runtime.memory import MemoryStore, Timeline, open_store
+from liber_runtime.partition import Count
+from liber_runtime.progress import console, progress
+from liber_runtime.representation import TritonEncoder
+from liber_runtime.scoring import AsyncScoringClient
+from liber_runtime.server import TritonServer
+from liber_runtime.worker import Worker
+from liber_runtime.writers.statistical import StatisticalWriter
+
+ILLUSTRATED_PARTITIONS = 8
+"""The report shows the user whose number of partitions comes nearest to this: enough to see interests move."""
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per named step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Times one step."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+
+
+def run_demo(source: Path | None, directory: Path, settings: BuildSettings) -> dict[str, Any]:
+    """Runs the main job in `directory`, going on from what an earlier run of the same job finished there.
+
+    Args:
+        source: a data set, see `builders.datasets.load`; None for the generated sample.
+        directory: receives ``memory.db``, ``bundle``, ``model_repository``, ``report.json``, ``report.html``.
+        settings: of the bundle.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        LiberError: unusable data, or a server that does not start.
+    """
+    watch = Stopwatch()
+    with watch.step("load"):
+        dataset = load(source)
+    console.print(f"data: {dataset.domain.name} ({dataset.origin})")
+    _claim_directory(directory, dataset, settings)
+    store = open_store(f"sqlite:///{directory / 'memory.db'}", Count(settings.minimum))
+    try:
+        return _run(dataset, store, directory, settings, watch)
+    finally:
+        store.close()
+
+
+def _run(
+    dataset: Dataset, store: MemoryStore, directory: Path, settings: BuildSettings, watch: Stopwatch
+) -> dict[str, Any]:
+    with watch.step("replay"):
+        samples = replay(dataset, store.condition, settings.minimum)
+        parts = split(samples)
+    test_begins = int(samples.behavior[parts.test[0]])
+    with watch.step("ingest"):
+        remember(store, dataset, dataset.behaviors[:test_begins])
+    with watch.step("texts"):
+        write_texts(store, StatisticalWriter())
+    with watch.step("encode"):
+        knowledge = fit_representations(store, samples, parts, directory / "knowledge", settings)
+    vocabulary = fit(dataset, dataset.behaviors[:test_begins])
+    data = prepare(store, dataset, samples, parts.training_part, vocabulary, knowledge, settings)
+    base, liber = make_base(vocabulary, settings), make_liber(vocabulary, settings)
+    with watch.step("train_base"):
+        base_result = train_once("base", base, data, parts, settings, directory / "models")
+    with watch.step("train_liber"):
+        liber_result = train_once("liber", liber, data, parts, settings, directory / "models")
+    with watch.step("export"):
+        manifest = _export_once(liber, vocabulary, knowledge, dataset, directory, settings)
+
+    with watch.step("start_server"):
+        server = TritonServer(
+            directory / "model_repository",
+            log_file=directory / "triton.log",
+            environment={"LIBER_STORE": f"sqlite:///{(directory / 'memory.db').resolve()}"},
+        )
+        server.start()
+    try:
+        with watch.step("serve"):
+            served = asyncio.run(_live(dataset, samples, parts, store, server.grpc_url, directory, manifest))
+        with watch.step("latency"):
+            latency = measure(server.grpc_url, store.users(), vocabulary.vocabulary.items, seed=settings.seed)
+    finally:
+        server.stop()
+
+    with watch.step("evaluate"):
+        test = prepare(store, dataset, samples, parts.test, vocabulary, knowledge, settings)
+        rows = np.arange(len(parts.test))
+        offline = predict(liber, test, rows)
+        base_offline = predict(base, test, rows)
+    report = {
+        "data": _describe_data(dataset, samples, parts),
+        "memory": _describe_memory(store, samples),
+        "quality": {
+            "base": _quality(test, base_offline, base_result),
+            "liber": _quality(test, offline, liber_result),
+        },
+        "serving": {
+            "samples": len(served),
+            "max_abs_diff_vs_offline": float(np.abs(served - offline).max()),
+            "auc": float(roc_auc_score(test.label, served)),
+            "seconds_per_1000": latency,
+        },
+        "writer": ", ".join(manifest.writers),
+        "encoder": manifest.encoder.name,
+        "backbone": manifest.backbone,
+        "seed": settings.seed,
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "seconds": watch.seconds,
+        "illustration": _illustrate(dataset, store, liber),
+    }
+    write_report(report, directory)
+    return report
+
+
+def _claim_directory(directory: Path, dataset: Dataset, settings: BuildSettings) -> None:
+    """Empties what another job left: its vectors, weights and answers are not this job's."""
+    digest = hashlib.sha256(
+        f"{__version__} {settings!r} {dataset.domain!r} {dataset.items!r} {dataset.profiles!r}".encode()
+    )
+    for behavior in dataset.behaviors:
+        digest.update(f"{behavior.user_id}\x1f{behavior.event_id}\x1e".encode())
+    note = directory / "job.json"
+    job = json.dumps({"job": digest.hexdigest(), "data": dataset.domain.name, "seed": settings.seed})
+    if note.is_file() and note.read_text() != job:
+        console.print(f"{directory} holds another job; starting afresh")
+        for name in ("memory.db", "memory.db-wal", "memory.db-shm", "served.csv", "report.json", "report.html"):
+            (directory / name).unlink(missing_ok=True)
+        for name in ("knowledge", "models", "bundle", "model_repository"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    note.write_text(job)
+
+
+def _export_once(
+    model: LiberModel, vocabulary: Fit, knowledge: Knowledge, dataset: Dataset, directory: Path, settings: BuildSettings
+) -> Manifest:
+    bundle, repository = directory / "bundle", directory / "model_repository"
+    weights = hashlib.sha256((directory / "models" / "liber.pt").read_bytes()).hexdigest()
+    note = directory / "models" / "exported"
+    if note.is_file() and note.read_text() == weights and bundle.is_dir() and repository.is_dir():
+        return Manifest.load(bundle)
+    manifest = export_bundle(model, vocabulary, knowledge, dataset, bundle, settings)
+    publish(bundle, repository)
+    note.write_text(weights)
+    return manifest
+
+
+async def _live(
+    dataset: Dataset,
+    samples: Samples,
+    parts: Split,
+    store: MemoryStore,
+    url: str,
+    directory: Path,
+    manifest: Manifest,
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Lives through the test part: score, then remember, then learn; float32[test samples] as served.
+
+    Each answer is noted before its behavior is appended, so that a run that was interrupted goes on where it was:
+    appending again changes nothing, and scoring again would see the future.
+    """
+    journal = directory / "served.csv"
+    answers = _read_journal(journal, manifest)
+    client, encoder = AsyncScoringClient(url), TritonEncoder(url)
+    worker = Worker(store, StatisticalWriter(), encoder)
+    is_test = set(samples.behavior[parts.test].tolist())
+    first = int(samples.behavior[parts.test[0]])
+    try:
+        await worker.drain()
+        with (
+            progress("serve and learn", len(dataset.behaviors) - first) as advance,
+            journal.open("a", newline="") as file,
+        ):
+            notes = csv.writer(file)
+            if journal.stat().st_size == 0:
+                notes.writerow(["bundle", manifest.bundle_id])
+            for row in range(first, len(dataset.behaviors)):
+                behavior = dataset.behaviors[row]
+                if row in is_test and row not in answers:
+                    scores = await client.score(behavior.user_id, [behavior.item_id])
+                    answers[row] = float(scores.probability[0])
+                    notes.writerow([row, repr(answers[row])])
+                    file.flush()
+                if store.append([behavior]).partitions:
+                    await worker.drain()
+                advance(1)
+    finally:
+        await client.close()
+        await encoder.close()
+    return np.array([answers[row] for row in samples.behavior[parts.test].tolist()], dtype=np.float32)
+
+
+def _read_journal(path: Path, manifest: Manifest) -> dict[int, float]:
+    """Answers noted by an interrupted run of the same bundle, by row of the log."""
+    if not path.is_file():
+        return {}
+    # A killed run can leave half a line: it was not acknowledged, so it is taken off.
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    path.write_bytes(whole + b"\n" if whole else b"")
+    rows = list(csv.reader(whole.decode().splitlines()))
+    if not rows:
+        return {}
+    if rows[0] != ["bundle", manifest.bundle_id]:
+        raise LiberError(
+            f"{path} holds answers of another bundle than {manifest.bundle_id}, and the store has moved on since; "
+            f"delete {path.parent} and run the demo again"
+        )
+    return {int(row): float(probability) for row, probability in rows[1:]}
+
+
+def _describe_data(dataset: Dataset, samples: Samples, parts: Split) -> dict[str, Any]:
+    return {
+        "name": dataset.domain.name,
+        "origin": dataset.origin,
+        "users": len(samples.user_ids),
+        "items": len(samples.item_ids),
+        "behaviors": len(dataset.behaviors),
+        "eligible_users": len(np.unique(samples.user)),
+        "samples": len(samples),
+        "train_samples": len(parts.training_part),
+        "test_samples": len(parts.test),
+    }
+
+
+def _describe_memory(store: MemoryStore, samples: Samples) -> dict[str, Any]:
+    per_user = Counter(np.diff(samples.boundaries.offsets).tolist())
+    statistics = store.statistics()
+    return {
+        "partitions": statistics.partitions,
+        "calls_per_user": calls_per_user(samples),
+        "partitions_per_user": {str(count): per_user[count] for count in sorted(per_user)},
+        "repeated_calls": statistics.repeated,
+    }
+
+
+def _quality(
+    test: TrainingData, probability: np.ndarray[Any, np.dtype[np.float32]], result: TrainingResult
+) -> dict[str, Any]:
+    values = probability.astype(np.float64)
+    return {
+        "auc": float(roc_auc_score(test.label, values)),
+        "logloss": float(log_loss(test.label, values, labels=[0, 1])),
+        "validation_auc": result.auc,
+        "validation_logloss": result.logloss,
+        "best_epoch": result.best_epoch,
+        "epochs": [asdict(epoch) for epoch in result.epochs],
+    }
+
+
+def _illustrate(dataset: Dataset, store: MemoryStore, model: LiberModel) -> dict[str, Any]:
+    """One user's partitions, texts and the fuser's weights as the memory grew."""
+    timelines = (timeline for user in store.users() if (timeline := store.timeline(user)))
+    chosen = min(timelines, key=lambda timeline: abs(len(timeline.partitions) - ILLUSTRATED_PARTITIONS))
+    return {
+        "user_id": chosen.user_id,
+        "profile": dict(chosen.profile),
+        "item_noun": dataset.domain.item_noun,
+        "partitions": [
+            {
+                "number": record.number,
+                "start": record.behaviors[0].timestamp,
+                "end": record.behaviors[-1].timestamp,
+                "behaviors": len(record.behaviors),
+                "mean_feedback": float(np.mean([behavior.feedback for behavior in record.behaviors])),
+                "summary": record.summary.text if record.summary else "",
+                "shift": record.shift.text if record.shift else "",
+            }
+            for record in chosen.partitions
+        ],
+        "attention": _attention(chosen, model),
+    }
+
+
+def _attention(timeline: Timeline, model: LiberModel) -> list[list[float]]:
+    vectors = [record.representation.vector for record in timeline.partitions if record.representation]
+    rows = []
+    for count in range(1, len(vectors) + 1):
+        representations = torch.from_numpy(np.stack(vectors[:count]))[None]
+        with torch.inference_mode():
+            weights = model.fuser.weights(representations, torch.ones(1, count, dtype=torch.bool))
+        rows.append([float(weight) for weight in weights[0]])
+    return rows

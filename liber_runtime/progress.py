@@ -1,0 +1,44 @@
+"""Progress of long steps on the terminal: a bar with rate and remaining time, a line where there is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+Advance: TypeAlias = Callable[[int], None]
+"""Called with the number of units done since the last call."""
+
+console = Console(stderr=True)
+"""Progress and notes go to standard error, so that standard output holds results alone."""
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed else "", style="cyan")
+
+
+@contextmanager
+def progress(title: str, total: int | None) -> Iterator[Advance]:
+    """Shows one step.
+
+    Args:
+        title: what is being done, e.g. ``append behaviors``.
+        total: units to do; None if unknown.
+    """
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}"),
+        _RateColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as display:
+        task = display.add_task(title, total=total)
+        yield lambda done: display.advance(task, done)

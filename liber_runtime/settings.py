@@ -1,0 +1,51 @@
+"""Settings of every process, from ``LIBER_*`` environment variables; command-line options override them."""
+
+from __future__ import annotations
+
+import os
+
+import pydantic
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from liber_runtime.exceptions import ConfigurationError
+
+
+class Settings(BaseSettings):
+    """One place for what differs between a laptop, CI and production.
+
+    Attributes:
+        store: URL of the memory store.
+        triton: host:port of Triton's gRPC endpoint.
+        max_users: most distinct users of one scoring request, U.
+        max_candidates: most candidates of one scoring request, N.
+        threads: threads of one ONNX Runtime session; 0 for one per processor.
+        deadline_seconds: how long a client waits for an answer.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LIBER_", extra="ignore")
+
+    store: str = "sqlite:///runs/memory.db"
+    triton: str = "127.0.0.1:8001"
+    max_users: int = pydantic.Field(default=4096, ge=1)
+    max_candidates: int = pydantic.Field(default=16384, ge=1)
+    threads: int = pydantic.Field(default=0, ge=0)
+    deadline_seconds: float = pydantic.Field(default=10.0, gt=0)
+
+    @property
+    def session_threads(self) -> int:
+        """Threads of one ONNX Runtime session."""
+        return self.threads or os.cpu_count() or 1
+
+
+def load_settings() -> Settings:
+    """Reads the environment.
+
+    Raises:
+        ConfigurationError: a variable has an unusable value.
+    """
+    try:
+        return Settings()
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        variable = "LIBER_" + str(problem["loc"][0]).upper()
+        raise ConfigurationError(f"{variable}={problem['input']!r} is not usable: {problem['msg']}") from None

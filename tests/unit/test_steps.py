@@ -1,0 +1,317 @@
+"""What runs inside Triton, without Triton: a real store, real graphs, a real tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from builders.encoder import PooledEncoder, _load, export_encoder
+from builders.export import export_backbone, export_fuser
+from builders.models.dien import DIEN
+from builders.models.fuser import AttentionFuser
+from builders.pca import fingerprint, fit_pca
+from liber_runtime.behavior import Behavior, Domain, Item
+from liber_runtime.bundle import BACKBONE, FUSER, PCA, EncoderSpec, Manifest
+from liber_runtime.exceptions import InvalidInputError, StoreError
+from liber_runtime.memory import MemoryStore, open_store
+from liber_runtime.representation import Encoded
+from liber_runtime.settings import Settings
+from liber_runtime.steps.encoding import EncoderStep, ProjectionStep, TokenizerStep
+from liber_runtime.steps.folding import AttentionFuserStep, BackboneStep
+from liber_runtime.steps.session import OnnxSession
+from liber_runtime.steps.user_memory import UserMemoryStep, check
+from liber_runtime.vocabulary import Field, Vocabulary
+from liber_runtime.worker import Worker
+from liber_runtime.writers.statistical import StatisticalWriter
+
+D, T = 4, 6
+
+FEEDBACK = Field(name="feedback", kind="number", boundaries=(1.5, 2.5, 3.5, 4.5))
+VOCABULARY = Vocabulary(
+    items=tuple(f"i{number}" for number in range(30)),
+    user_fields=(Field(name="gender", kind="category", values=("female", "male")),),
+    item_fields=(),
+    feedback=FEEDBACK,
+)
+DOMAIN = Domain("films", "movie", "stars", (1, 5), 3, ("genre",))
+
+
+def manifest(fingerprint: str = "abc") -> Manifest:
+    return Manifest(
+        format=1,
+        bundle_id="b",
+        created_at="2026-01-01",
+        domain="films",
+        encoder=EncoderSpec(name="e", digest="d", embedding_size=8, max_tokens=16, start_id=2, end_id=3, pad_id=0),
+        fingerprint=fingerprint,
+        dimension=D,
+        history_length=T,
+        max_partitions=3,
+        backbone="DIEN",
+        writers=("statistical",),
+        seed=1,
+        digests={},
+    )
+
+
+def request(users: list[bytes], items: list[bytes], index: list[int]) -> dict[str, np.ndarray]:
+    return {
+        "user_id": np.array([users], dtype=np.object_).reshape(1, len(users)),
+        "item_id": np.array([items], dtype=np.object_).reshape(1, len(items)),
+        "user_index": np.array([index], dtype=np.int32).reshape(1, len(index)),
+    }
+
+
+class ConstantEncoder:
+    """Vectors that tell their order: the number of texts encoded before."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self._fingerprint = fingerprint
+        self._count = 0
+
+    async def encode(self, texts: Sequence[tuple[str, str]]) -> Encoded:
+        rows = [[float(self._count + place)] * D for place in range(len(texts))]
+        self._count += len(rows)
+        return Encoded(np.array(rows, dtype=np.float32), self._fingerprint)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[MemoryStore]:
+    memory = open_store(f"sqlite:///{tmp_path / 'memory.db'}")
+    memory.put_items(DOMAIN, [Item(item, f"Film {item}") for item in VOCABULARY.items])
+    memory.put_profiles({"long": {"gender": "male"}, "short": {"gender": "none"}})
+    memory.append([Behavior("long", f"i{n % 30}", 1.0 + n % 5, float(n), f"e{n}") for n in range(105)])
+    memory.append([Behavior("short", "i1", 5.0, 1.0), Behavior("short", "elsewhere", 2.0, 2.0)])
+    yield memory
+    memory.close()
+
+
+@pytest.fixture
+async def encoded(store: MemoryStore) -> MemoryStore:
+    await Worker(store, StatisticalWriter(), ConstantEncoder("abc")).drain()
+    return store
+
+
+def make_step(store: MemoryStore, **settings: int) -> UserMemoryStep:
+    return UserMemoryStep(store, VOCABULARY, manifest(), Settings(**settings))
+
+
+def test_user_memory_maps_what_the_store_holds(encoded: MemoryStore) -> None:
+    (outcome,) = make_step(encoded).run([request([b"long", b"short"], [b"i3", b"new", b"i0"], [0, 1, 0])])
+    assert isinstance(outcome, dict)
+    assert outcome["item_index"].tolist() == [[4, 0, 1]]
+    assert outcome["item_known"].tolist() == [[True, False, True]]
+    assert outcome["user_known"].tolist() == [[True, True]]
+    assert outcome["history_length"].tolist() == [[T, 2]]
+    assert outcome["history_item"][0, 0].tolist() == [n % 30 + 1 for n in range(99, 105)]
+    assert outcome["history_item"][0, 1].tolist() == [2, 0, 0, 0, 0, 0]
+    assert outcome["history_feedback"][0, 1].tolist() == [5, 2, 0, 0, 0, 0]
+    assert outcome["profile"].tolist() == [[[2], [0]]]
+    assert outcome["representations"].shape == (1, 2, 3, D)
+    assert outcome["partition_mask"].tolist() == [[[True] * 3, [False] * 3]]
+    assert not outcome["representations"][0, 1].any()
+
+
+def test_a_user_of_whom_nothing_is_held_is_empty_not_an_error(encoded: MemoryStore) -> None:
+    (outcome,) = make_step(encoded).run([request([b"nobody"], [b"i3"], [0])])
+    assert isinstance(outcome, dict)
+    assert outcome["user_known"].tolist() == [[False]]
+    assert outcome["history_length"].tolist() == [[0]]
+    assert outcome["partition_mask"].tolist() == [[[False]]]
+
+
+def test_a_bad_request_leaves_the_others_of_its_batch_alone(encoded: MemoryStore) -> None:
+    good = request([b"long"], [b"i3"], [0])
+    first, second, third = make_step(encoded).run([good, request([b"long"], [b"i3"], [7]), good])
+    assert isinstance(second, InvalidInputError)
+    assert isinstance(first, dict)
+    assert isinstance(third, dict)
+    assert all(np.array_equal(first[name], third[name]) for name in first)
+
+
+def test_vectors_of_another_encoder_are_refused(encoded: MemoryStore) -> None:
+    step = UserMemoryStep(encoded, VOCABULARY, manifest("other"), Settings())
+    refused, unaffected = step.run([request([b"long"], [b"i3"], [0]), request([b"short"], [b"i3"], [0])])
+    assert isinstance(refused, StoreError)
+    assert "user 'long'" in str(refused)
+    assert "abc" in str(refused)
+    assert "this bundle reads other" in str(refused)
+    assert isinstance(unaffected, dict)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (request([b"u"], [], []), "1 users and 0 candidates"),
+        (request([], [b"i"], [0]), "0 users and 1 candidates"),
+        (request([b"u"], [b"i"] * 11, [0] * 11), "11 candidates in one request; the limit is 10"),
+        (request([b"u"] * 6, [b"i"], [0]), "6 users in one request; the limit is 5"),
+        (request([b"u"], [b"i", b"j"], [0]), "user_index has 1 entries for 2 candidates"),
+        (request([b"u", b"v"], [b"i"], [2]), r"user_index\[0\] is 2; with 2 users it must lie in 0..1"),
+        (request([b"u"], [b"i"], [-1]), r"user_index\[0\] is -1"),
+        (request([b"\xff\xfe"], [b"i"], [0]), r"user_id\[0\] is b'\\xff\\xfe', which is not UTF-8"),
+        (request([b"u"], [b"i", b"\xc3("], [0, 0]), r"item_id\[1\] is b'\\xc3\(', which is not UTF-8"),
+    ],
+)
+def test_unusable_requests_are_named(tensors: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        check(tensors, Settings(max_users=5, max_candidates=10))
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("graphs")
+    torch.manual_seed(0)
+    table = np.zeros((31, 1), dtype=np.int32)
+    table[1:, 0] = np.arange(1, 31)
+    model = DIEN(table, (), VOCABULARY.user_fields, FEEDBACK, history_size=T, interest_size=D, embedding_dim=4)
+    export_fuser(AttentionFuser(D), directory / FUSER)
+    export_backbone(model, directory / BACKBONE)
+    return directory
+
+
+def test_merged_requests_are_answered_as_if_alone(encoded: MemoryStore, graphs: Path) -> None:
+    batch = [
+        request([b"long", b"short"], [b"i3", b"i4", b"i0"], [0, 1, 0]),
+        request([b"nobody"], [b"i7"], [0]),
+        request([b"short", b"long"], [b"i9"] * 4, [1, 1, 0, 0]),
+    ]
+    memory = make_step(encoded)
+    fuser, backbone = AttentionFuserStep.load(graphs), BackboneStep.load(graphs)
+
+    def score(requests: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+        tensors = memory.run(requests)
+        interest = fuser.run(tensors)
+        merged = [
+            {**read, **fused, "user_index": sent["user_index"]}
+            for read, fused, sent in zip(tensors, interest, requests, strict=True)
+        ]
+        return [outcome["click_probability"] for outcome in backbone.run(merged)]
+
+    together = score(batch)
+    alone = [score([each])[0] for each in batch]
+    assert [answer.shape for answer in together] == [(1, 3), (1, 1), (1, 4)]
+    for merged, single in zip(together, alone, strict=True):
+        np.testing.assert_allclose(merged, single, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    directory = tmp_path_factory.mktemp("encoder")
+    export_encoder(str(tiny_bert), directory)
+    return directory
+
+
+def texts(*pairs: tuple[str, str]) -> dict[str, np.ndarray]:
+    summaries, shifts = zip(*pairs, strict=True)
+    return {
+        "summary": np.array([text.encode() for text in summaries], dtype=np.object_),
+        "shift": np.array([text.encode() for text in shifts], dtype=np.object_),
+    }
+
+
+def embed(exported: Path, *pairs: tuple[str, str]) -> np.ndarray:
+    (tokens,) = TokenizerStep.load(exported).run([texts(*pairs)])
+    assert isinstance(tokens, dict)
+    (embedding,) = EncoderStep.load(exported).run([tokens])
+    assert isinstance(embedding, dict)
+    return embedding["text_embedding"]
+
+
+def test_long_texts_are_read_in_chunks_of_at_most_the_encoders_length(exported: Path) -> None:
+    long = "level average stars liked " * 100
+    (tokens,) = TokenizerStep.load(exported).run([texts((long, "new"), ("liked", ""))])
+    assert isinstance(tokens, dict)
+    spec = EncoderSpec.load(exported)
+    assert tokens["input_ids"].shape[1] == spec.max_tokens == 64
+    assert tokens["chunk_owner"].tolist() == [0] * 7 + [1, 0]
+    lengths = tokens["attention_mask"].sum(axis=1)
+    assert lengths.sum() == 400 + 1 + 1 + 2 * 9
+    assert (tokens["input_ids"][:, 0] == spec.start_id).all()
+    assert all(row[length - 1] == spec.end_id for row, length in zip(tokens["input_ids"], lengths, strict=True))
+
+
+def test_embedding_is_the_masked_mean_over_all_chunks(exported: Path, tiny_bert: Path) -> None:
+    long, shift = "level average stars liked " * 40, "new gone risen"
+    pooled = embed(exported, (long, shift), ("liked", ""))
+    bert, tokenizer = _load(str(tiny_bert))
+    spec = EncoderSpec.load(exported)
+
+    def tokens_of(text: str) -> torch.Tensor:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        room = spec.max_tokens - 2
+        states = [
+            bert(torch.tensor([[spec.start_id, *ids[start : start + room], spec.end_id]])).last_hidden_state[0]
+            for start in range(0, len(ids), room)
+        ]
+        return torch.cat(states)
+
+    with torch.inference_mode():
+        first = torch.cat([tokens_of(long), tokens_of(shift)]).mean(0).numpy()
+        second = tokens_of("liked").mean(0).numpy()
+    np.testing.assert_allclose(pooled, np.stack([first, second]), atol=1e-5)
+
+
+def test_neighbours_and_padding_do_not_change_an_embedding(exported: Path) -> None:
+    pair = ("level liked", "new gone")
+    alone = embed(exported, pair)[0]
+    beside = embed(exported, ("average stars " * 60, "risen"), pair, ("", ""))[1]
+    np.testing.assert_allclose(alone, beside, atol=1e-5)
+
+
+def test_empty_texts_have_an_embedding(exported: Path) -> None:
+    assert np.isfinite(embed(exported, ("", ""))).all()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (texts(("a", "b")) | {"shift": np.array([], dtype=np.object_)}, "1 summaries and 0 shifts"),
+        (texts(("a", "b")) | {"summary": np.array([b"\xff"], dtype=np.object_)}, r"summary\[0\] is not UTF-8"),
+    ],
+)
+def test_unusable_texts_are_named(exported: Path, tensors: dict[str, np.ndarray], message: str) -> None:
+    (outcome,) = TokenizerStep.load(exported).run([tensors])
+    assert isinstance(outcome, InvalidInputError)
+    assert re.search(message, str(outcome))
+
+
+def test_projection_is_the_fitted_pca_and_names_it(tmp_path: Path, exported: Path) -> None:
+    random = np.random.default_rng(0)
+    rows = (random.normal(size=(200, 3)) @ random.normal(size=(3, 32)) + 5).astype(np.float32)
+    fit_pca(rows, 3, tmp_path / PCA)
+    mark = fingerprint(EncoderSpec.load(exported), tmp_path / PCA)
+    (outcome,) = ProjectionStep(OnnxSession(tmp_path / PCA, threads=1), mark).run([{"text_embedding": rows}])
+    assert isinstance(outcome, dict)
+    projected = outcome["representation"]
+    assert outcome["fingerprint"].tolist() == [mark.encode()]
+    assert projected.var(axis=0).mean() == pytest.approx(1, rel=1e-3)
+    np.testing.assert_allclose(projected.mean(axis=0), 0, atol=1e-3)
+    assert np.abs(np.corrcoef(projected.T) - np.eye(3)).max() < 1e-2
+    # Three directions hold all there is: distances survive, up to the one scale.
+    ratio = np.linalg.norm(rows[1:] - rows[0], axis=1) / np.linalg.norm(projected[1:] - projected[0], axis=1)
+    assert ratio.std() / ratio.mean() < 1e-3
+
+
+def test_a_pooled_encoder_averages_what_belongs_together(tiny_bert: Path) -> None:
+    bert, _ = _load(str(tiny_bert))
+    encoder = PooledEncoder(bert)
+    ids = torch.randint(5, 40, (2, 6))
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    with torch.inference_mode():
+        together = encoder(ids, mask, torch.tensor([0, 0]))[0]
+        apart = encoder(ids, mask, torch.tensor([0, 1]))
+    torch.testing.assert_close(together, (6 * apart[0] + 3 * apart[1]) / 9)
+
+
+def test_pending_partitions_do_not_hold_up_scoring(store: MemoryStore) -> None:
+    assert store.statistics().pending["summary"] == 5
+    (outcome,) = make_step(store).run([request([b"long"], [b"i3"], [0])])
+    assert isinstance(outcome, dict)
+    assert not outcome["partition_mask"].any()
+    assert outcome["history_length"].tolist() == [[T]]
