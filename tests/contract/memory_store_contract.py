@@ -541,6 +541,7 @@ class MemoryStoreContract:
         store.commit([make(summaries[0])])
         (first,) = store.claim(STEPS, 9, 60.0)
         assert (first.number, first.step, first.shift) == (1, "representation", "")
+        assert store.statistics().pending == {"summary": 1, "shift": 0, "representation": 1}
 
         store.commit([make(summaries[1])])
         shifts = store.claim(STEPS, 9, 60.0)
