@@ -21,7 +21,7 @@ from liber_runtime.exceptions import ConfigurationError, InvalidInputError, Libe
 from liber_runtime.interest import Prompt, ShiftPrompt, SummaryPrompt
 from liber_runtime.memory import STEPS, MemoryStore, Representation, Result, Step, Task
 from liber_runtime.metrics import Metrics
-from liber_runtime.representation import Encoder
+from liber_runtime.representation import Encoded, Encoder
 from liber_runtime.writers import Writer
 
 MAX_TEXT_CHARACTERS = 20_000
@@ -87,7 +87,7 @@ class Worker:
         concurrency: most writer calls in flight. High for an instant writer (one transaction takes that many), for
             an LLM what its server can batch.
         encode_batch: most pairs of texts in one call of the encoder.
-        lease_seconds: how long a claim is held; a call that takes longer is given up.
+        lease_seconds: how long a claim is held; a call that takes longer than 4/5 of it is given up.
         max_attempts: claims of one step before it is given up.
         backoff_seconds: pause before the second attempt.
         max_backoff_seconds: longest pause.
@@ -200,6 +200,8 @@ class _Session:
         self._retries: list[float] = []
         self._error = ""
         self._encoding = asyncio.Semaphore(2)  # one call on its way while another is computed
+        # Less than the lease, so that a failed step is released while the claim on it still stands.
+        self._call_seconds = 0.8 * worker.lease_seconds
         self._lanes = []
         if worker.writer is not None:
             self._lanes.append(_Lane(_WRITE_STEPS, worker.concurrency, worker.concurrency - 1))
@@ -276,7 +278,7 @@ class _Session:
         started = time.perf_counter()
         try:
             prompt = _prompt(task, domain, items)
-            completion = await asyncio.wait_for(writer.write(prompt), self._worker.lease_seconds)
+            completion = await asyncio.wait_for(writer.write(prompt), self._call_seconds)
             text = Text(
                 kind=prompt.kind,
                 text=_checked_text(completion.text, writer.name),
@@ -296,9 +298,7 @@ class _Session:
         encoder = self._worker.encoder
         assert encoder is not None
         try:
-            async with self._encoding:
-                texts = [(task.summary, task.shift) for task in tasks]
-                encoded = await asyncio.wait_for(encoder.encode(texts), self._worker.lease_seconds)
+            encoded = await asyncio.wait_for(self._call_encoder(encoder, tasks), self._call_seconds)
             vectors = _checked_vectors(encoded.vectors, len(tasks))
         except Exception as error:
             return [_Outcome(task, error=self._explain(error)) for task in tasks]
@@ -307,11 +307,15 @@ class _Session:
             for task, vector in zip(tasks, vectors, strict=True)
         ]
 
+    async def _call_encoder(self, encoder: Encoder, tasks: Sequence[Task]) -> Encoded:
+        async with self._encoding:
+            return await encoder.encode([(task.summary, task.shift) for task in tasks])
+
     def _explain(self, error: Exception) -> str:
         if isinstance(error, LiberError):
             return str(error)
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-            return f"no answer within {self._worker.lease_seconds:g} s, the lease"
+            return f"no answer within {self._call_seconds:g} s; give the worker a longer lease if calls take that long"
         return f"{type(error).__name__}: {error}"
 
     # -- keeping -------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ WAL, so that reading never waits for a writer; ``synchronous=FULL``, so that wha
 One connection writes, behind a lock; each thread that reads borrows a connection of its own. Any number of
 processes may open the same file.
 
-Erasing: deleted content is overwritten with zeros (``secure_delete``), and `SQLiteStore.forget` empties the
-write-ahead log. Copies that the file system, its snapshots or a backup made are beyond its reach.
+Erasing: deleted content is overwritten with zeros (``secure_delete``) and `SQLiteStore.forget` empties the write-ahead
+log. What SQLite moved from page to page earlier may have left copies in unused parts of pages; `SQLiteStore.close`
+therefore rewrites the file (``VACUUM``) if someone was forgotten. Copies that the file system, its snapshots or a
+backup made are beyond its reach.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ MAX_ERROR_CHARACTERS = 2000
 """Of an error kept with a step that failed."""
 
 _APPLICATION = 0x4C494252  # "LIBR": tells our file from another program's
+_LOG_SECONDS = 1.0  # reads last milliseconds; whoever reads longer is not waited for
 _LEAST_SQLITE = (3, 37, 0)  # the first with STRICT tables
 _NO_VECTORS = np.zeros((0, 0), dtype=np.float32)
 
@@ -372,7 +375,7 @@ class SQLiteStore:
             (behaviors,) = db.execute("SELECT count(*) FROM events WHERE user = ?", row).fetchone()
             (partitions,) = db.execute("SELECT count(*) FROM partitions WHERE user = ?", row).fetchone()
             db.execute("DELETE FROM users WHERE user = ?", row)
-            _count(db, users=-min(behaviors, 1), behaviors=-behaviors, partitions=-partitions)
+            _count(db, users=-min(behaviors, 1), behaviors=-behaviors, partitions=-partitions, unscrubbed=1)
         self._empty_log()
         return Forgotten(behaviors, partitions)
 
@@ -383,6 +386,16 @@ class SQLiteStore:
         last process closes the store.
         """
         with self._lock, self._explained():
+            self._writer.execute(f"PRAGMA busy_timeout = {int(_LOG_SECONDS * 1000)}")
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._writer.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
+
+    def _scrub(self) -> None:
+        """Rewrites the file if someone was forgotten since that was last done."""
+        ((forgotten,),) = self._writer.execute("SELECT value FROM counters WHERE name = 'unscrubbed'")
+        if forgotten:
+            self._writer.execute("VACUUM")
+            _count(self._writer, unscrubbed=-forgotten)
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def statistics(self) -> Statistics:
@@ -407,7 +420,11 @@ class SQLiteStore:
     # -- the file ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """See `MemoryStore.close`. A read that is under way in another thread ends undisturbed."""
+        """See `MemoryStore.close`. A read that is under way in another thread ends undisturbed.
+
+        If someone was forgotten, the file is rewritten, which takes time and room in proportion to its size. Where
+        that fails (no room, another process writes) the next close does it.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -415,6 +432,9 @@ class SQLiteStore:
             with self._explained():
                 while self._idle_readers:
                     self._idle_readers.pop().close()
+                if self._process == os.getpid():
+                    with contextlib.suppress(sqlite3.Error):
+                        self._scrub()
                 self._writer.close()
 
     @contextlib.contextmanager
@@ -458,7 +478,6 @@ class SQLiteStore:
             self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
         )
         db.execute("PRAGMA cache_size = -32768")
-        db.execute("PRAGMA temp_store = MEMORY")
         return db
 
     def _check_usable(self) -> None:

@@ -541,6 +541,7 @@ class MemoryStoreContract:
         store.commit([make(summaries[0])])
         (first,) = store.claim(STEPS, 9, 60.0)
         assert (first.number, first.step, first.shift) == (1, "representation", "")
+        assert store.statistics().pending == {"summary": 1, "shift": 0, "representation": 1}
 
         store.commit([make(summaries[1])])
         shifts = store.claim(STEPS, 9, 60.0)
@@ -887,5 +888,5 @@ class MemoryStoreContract:
     def test_behaves_as_the_model(self, engine: Engine) -> None:
         run_state_machine_as_test(
             lambda: MemoryMachine(engine),
-            settings=settings(max_examples=100, stateful_step_count=30, deadline=None),
+            settings=settings(max_examples=50, stateful_step_count=30, deadline=None),
         )

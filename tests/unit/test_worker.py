@@ -206,9 +206,9 @@ async def test_an_unusable_vector_is_a_failure(store: SQLiteStore, shape: tuple[
 async def test_a_call_ends_with_its_lease(store: SQLiteStore) -> None:
     store.append(behaviors("ann", 3))
     seen: list[WorkerProgress] = []
-    report = await worker(store, EchoWriter(seconds=60), None, lease_seconds=0.05, max_attempts=1).drain(seen.append)
+    report = await worker(store, EchoWriter(seconds=60), None, lease_seconds=1.0, max_attempts=1).drain(seen.append)
     assert counts(report) == (0, 0, 0, 1, 1, 0)
-    assert seen[-1].error == "no answer within 0.05 s, the lease"
+    assert seen[-1].error.startswith("no answer within 0.8 s")
 
 
 async def test_a_step_that_kills_its_workers_is_given_up(store: SQLiteStore) -> None:

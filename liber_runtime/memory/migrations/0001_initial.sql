@@ -8,13 +8,14 @@ CREATE TABLE settings (
     value TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 
--- Totals, so that statistics cost the same for any number of users.
+-- Totals, so that statistics cost the same for any number of users; and how many users were forgotten since the file
+-- was last rewritten.
 CREATE TABLE counters (
     name  TEXT PRIMARY KEY,
     value INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 
-INSERT INTO counters VALUES ('users', 0), ('behaviors', 0), ('partitions', 0), ('repeated', 0);
+INSERT INTO counters VALUES ('users', 0), ('behaviors', 0), ('partitions', 0), ('repeated', 0), ('unscrubbed', 0);
 
 CREATE TABLE items (
     item_id    TEXT PRIMARY KEY,
