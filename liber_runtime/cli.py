@@ -313,8 +313,7 @@ def build(
         from builders.build import BuildSettings
         from builders.build import build as build_bundle
         from builders.datasets import load
-        from builders.repository import BUNDLE_ENSEMBLES, publish
-    from liber_runtime.model_control import load_models
+        from builders.repository import deploy, publish
     from liber_runtime.writers.statistical import StatisticalWriter
 
     if triton is not None and repository is None:
@@ -325,17 +324,23 @@ def build(
     dataset = load(data)
     with _open(store, condition) as memory:
         manifest, result = build_bundle(memory, dataset, StatisticalWriter(), output_directory, settings)
-    output.print(
-        f"bundle {manifest.bundle_id} in {output_directory / 'bundle'}: validation AUC {result.auc:.4f}, "
-        f"log loss {result.logloss:.4f}",
-        soft_wrap=True,
-    )
-    if repository is not None:
-        version = publish(output_directory / "bundle", repository)
-        output.print(f"published as version {version} of {repository}", soft_wrap=True)
-    if triton is not None:
-        load_models(triton, BUNDLE_ENSEMBLES)
-        output.print(f"Triton at {triton} serves it")
+        output.print(
+            f"bundle {manifest.bundle_id} in {output_directory / 'bundle'}: validation AUC {result.auc:.4f}, "
+            f"log loss {result.logloss:.4f}",
+            soft_wrap=True,
+        )
+        if repository is None:
+            return
+        if triton is None:
+            version = publish(output_directory / "bundle", repository)
+            output.print(f"published as version {version} of {repository}", soft_wrap=True)
+            return
+        version = deploy(output_directory / "bundle", repository, triton)
+        output.print(f"published as version {version} of {repository}; Triton at {triton} serves it", soft_wrap=True)
+        # While this build trained, workers encoded with the bundle that served; its vectors would be refused now.
+        late = memory.reencode(manifest.fingerprint)
+        if late:
+            output.print(f"{late} vectors that the bundle before made meanwhile wait for a worker to encode them again")
 
 
 @contextmanager

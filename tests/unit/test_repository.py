@@ -17,6 +17,7 @@ from builders.repository import (
     publish,
     publish_encoder,
     read_config,
+    withdraw,
 )
 from liber_runtime.bundle import BACKBONE, MANIFEST
 from liber_runtime.exceptions import ConfigurationError
@@ -100,6 +101,22 @@ class TestPublish:
         with pytest.raises(ConfigurationError, match=f"{MANIFEST} cannot be read"):
             publish(tmp_path / "nothing", tmp_path / "repository")
         assert not (tmp_path / "repository").exists()
+
+
+class TestWithdraw:
+    def test_the_version_before_is_pinned_again(self, bundle: Path, tmp_path: Path) -> None:
+        repository = tmp_path / "repository"
+        publish(bundle, repository)
+        before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
+        make_bundle(bundle, content="other")
+        assert withdraw(repository, publish(bundle, repository))
+        assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
+        assert publish(bundle, repository) == 2
+
+    def test_the_only_version_stays(self, bundle: Path, tmp_path: Path) -> None:
+        repository = tmp_path / "repository"
+        assert not withdraw(repository, publish(bundle, repository))
+        assert pinned(repository, "liber_score") == {1}
 
 
 def test_an_encoder_alone_needs_no_bundle(bundle: Path, tmp_path: Path) -> None:
