@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tokenizers
-import torch
-import transformers
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +20,11 @@ def other_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_tiny_bert(directory: Path, seed: int) -> Path:
+    # Imported here, so that the runtime's tests also run where only the runtime is installed.
+    import tokenizers
+    import torch
+    import transformers
+
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,:;()\"'-"
     words += [*letters, *(f"##{letter}" for letter in letters)]

@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.resources
-import json
 import os
 import secrets
 import sqlite3
-import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,21 +41,16 @@ from liber_runtime.memory import (
     Timeline,
     UserMemory,
 )
+from liber_runtime.memory.packing import dump_attributes, load_attributes, newest, pack, unpack
+from liber_runtime.memory.sqlite_schema import BUSY_SECONDS, migrate, remedy_for, use_wal
 from liber_runtime.partition import Count, PartitionCondition, parse_condition, stream
-
-BUSY_SECONDS = 30.0
-"""How long a write waits for another process's write before it gives up."""
 
 MAX_ERROR_CHARACTERS = 2000
 """Of an error kept with a step that failed."""
 
-_APPLICATION = 0x4C494252  # "LIBR": tells our file from another program's
 _LOG_SECONDS = 1.0  # reads last milliseconds; whoever reads longer is not waited for
 _LEAST_SQLITE = (3, 37, 0)  # the first with STRICT tables
 _NO_VECTORS = np.zeros((0, 0), dtype=np.float32)
-
-_Packed: TypeAlias = tuple[str, bytes, bytes, str]
-"""A run of behaviors as it lies in a row: item ids, feedback, timestamps, event ids."""
 
 
 class _Held(NamedTuple):
@@ -101,12 +93,12 @@ class SQLiteStore:
             Path(self._path).parent.mkdir(parents=True, exist_ok=True)
             self._writer = self._connect()
             try:
-                _use_wal(self._writer)
+                use_wal(self._writer)
                 self._writer.execute("PRAGMA synchronous = FULL")
                 self._writer.execute("PRAGMA secure_delete = ON")
                 self._writer.execute("PRAGMA foreign_keys = ON")
                 self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
-                _migrate(self._writer, self._path)
+                migrate(self._writer, self._path)
                 self._given, self._condition_text = self._agree_on(condition)
             except BaseException:
                 self._writer.close()
@@ -141,7 +133,7 @@ class SQLiteStore:
         """See `MemoryStore.domain`."""
         with self._read() as db:
             row = db.execute("SELECT value FROM settings WHERE name = 'domain'").fetchone()
-        return Domain(**_load_attributes(row[0])) if row else None
+        return Domain(**load_attributes(row[0])) if row else None
 
     @property
     def condition(self) -> PartitionCondition:
@@ -162,16 +154,16 @@ class SQLiteStore:
 
     def put_items(self, domain: Domain, items: Iterable[Item]) -> None:
         """See `MemoryStore.put_items`."""
-        rows = [(item.item_id, item.title, _dump_attributes(item.attributes)) for item in items]
+        rows = [(item.item_id, item.title, dump_attributes(item.attributes)) for item in items]
         with self._write() as db:
             db.execute(
-                "INSERT OR REPLACE INTO settings VALUES ('domain', ?)", (_dump_attributes(dataclasses.asdict(domain)),)
+                "INSERT OR REPLACE INTO settings VALUES ('domain', ?)", (dump_attributes(dataclasses.asdict(domain)),)
             )
             db.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", rows)
 
     def put_profiles(self, profiles: Mapping[str, Attributes]) -> None:
         """See `MemoryStore.put_profiles`."""
-        rows = [(user_id, _dump_attributes(profile)) for user_id, profile in profiles.items()]
+        rows = [(user_id, dump_attributes(profile)) for user_id, profile in profiles.items()]
         with self._write() as db:
             db.executemany(
                 "INSERT INTO users (user_id, profile) VALUES (?, ?)"
@@ -186,7 +178,7 @@ class SQLiteStore:
             for item_id in set(item_ids):
                 row = db.execute("SELECT title, attributes FROM items WHERE item_id = ?", (item_id,)).fetchone()
                 if row:
-                    found[item_id] = Item(item_id, row[0], _load_attributes(row[1]))
+                    found[item_id] = Item(item_id, row[0], load_attributes(row[1]))
         return found
 
     # -- behaviors -----------------------------------------------------------------------------------------------
@@ -221,8 +213,8 @@ class SQLiteStore:
             if not fresh:
                 continue
             streamed = stream(condition, cache, fresh.values(), _last_partition(db, user, user_id, number))
-            partitions += ((user, number + at, *_pack(cut)) for at, cut in enumerate(streamed.partitions, 1))
-            caches.append((number + len(streamed.partitions), *_pack(streamed.cache), user))
+            partitions += ((user, number + at, *pack(cut)) for at, cut in enumerate(streamed.partitions, 1))
+            caches.append((number + len(streamed.partitions), *pack(streamed.cache), user))
         due = self._clock()
         db.executemany("INSERT INTO partitions VALUES (?, ?, ?, ?, ?, ?)", partitions)
         db.executemany(
@@ -353,7 +345,7 @@ class SQLiteStore:
             records = tuple(
                 PartitionRecord(
                     number,
-                    tuple(_unpack(user_id, *packed)),
+                    tuple(unpack(user_id, *packed)),
                     texts.get((number, "summary")),
                     texts.get((number, "shift")),
                     vectors.get(number),
@@ -364,7 +356,7 @@ class SQLiteStore:
                     (user,),
                 )
             )
-        return Timeline(user_id, _load_attributes(profile), records, tuple(_unpack(user_id, *cache)))
+        return Timeline(user_id, load_attributes(profile), records, tuple(unpack(user_id, *cache)))
 
     def forget(self, user_id: str) -> Forgotten:
         """See `MemoryStore.forget`."""
@@ -492,7 +484,7 @@ class SQLiteStore:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise StoreError(f"store {self._path}: {error}; {_remedy(str(error))}") from error
+            raise StoreError(f"store {self._path}: {error}; {remedy_for(str(error))}") from error
         except UnicodeEncodeError as error:
             raise InvalidInputError(f"{error.object!r:.80} is not valid UTF-8; re-encode the source as UTF-8") from None
 
@@ -534,7 +526,7 @@ def _hold(db: sqlite3.Connection, user_id: str) -> _Held:
         assert user is not None
         return _Held(user, 0, [])
     user, partitions, *cache = row
-    return _Held(user, partitions, _unpack(user_id, *cache))
+    return _Held(user, partitions, unpack(user_id, *cache))
 
 
 def _drop_known(db: sqlite3.Connection, held: Mapping[str, _Held], arriving: Mapping[str, dict[str, Behavior]]) -> None:
@@ -563,7 +555,7 @@ def _last_partition(db: sqlite3.Connection, user: int, user_id: str, number: int
                 "SELECT item_ids, feedback, timestamps, event_ids FROM partitions WHERE user = ? AND number = ?",
                 (user, number),
             ).fetchone()
-            fetched.append(_unpack(user_id, *row) if row else ())
+            fetched.append(unpack(user_id, *row) if row else ())
         return fetched[0]
 
     return fetch
@@ -578,8 +570,8 @@ def _task(claim: str, number: int, step: Step, attempts: int, user_id: str, *rea
             step,
             claim,
             attempts + 1,
-            profile=_load_attributes(profile),
-            behaviors=tuple(_unpack(user_id, *packed)),
+            profile=load_attributes(profile),
+            behaviors=tuple(unpack(user_id, *packed)),
         )
     if step == "shift":
         return Task(user_id, number, step, claim, attempts + 1, previous=reads[0], summary=reads[1])
@@ -639,7 +631,7 @@ def _read_user(db: sqlite3.Connection, user_id: str, history: int, partitions: i
             rows = [row for row in reversed(rows) if len(row[0]) == size]
             vectors = np.frombuffer(b"".join([row[0] for row in rows]), "<f4").reshape(len(rows), -1)
             fingerprints = frozenset([row[1] for row in rows])
-    return UserMemory(_load_attributes(profile), _newest(item_ids, feedback, history), vectors, fingerprints)
+    return UserMemory(load_attributes(profile), newest(item_ids, feedback, history), vectors, fingerprints)
 
 
 def _count(db: sqlite3.Connection, **changes: int) -> None:
@@ -647,49 +639,6 @@ def _count(db: sqlite3.Connection, **changes: int) -> None:
         "UPDATE counters SET value = value + ? WHERE name = ?",
         [(change, name) for name, change in changes.items() if change],
     )
-
-
-# -- rows ----------------------------------------------------------------------------------------------------------
-
-
-def _pack(behaviors: Sequence[Behavior]) -> _Packed:
-    return (
-        "\n".join([behavior.item_id for behavior in behaviors]),
-        struct.pack(f"<{len(behaviors)}d", *[behavior.feedback for behavior in behaviors]),
-        struct.pack(f"<{len(behaviors)}d", *[behavior.timestamp for behavior in behaviors]),
-        "\n".join([behavior.event_id for behavior in behaviors]),
-    )
-
-
-def _unpack(user_id: str, item_ids: str, feedback: bytes, timestamps: bytes, event_ids: str) -> list[Behavior]:
-    if not item_ids:
-        return []
-    return [
-        Behavior(user_id, *values)
-        for values in zip(
-            item_ids.split("\n"), _floats(feedback), _floats(timestamps), event_ids.split("\n"), strict=True
-        )
-    ]
-
-
-def _newest(item_ids: str, feedback: bytes, limit: int) -> tuple[tuple[str, float], ...]:
-    if not item_ids or limit < 1:
-        return ()
-    return tuple(zip(item_ids.rsplit("\n", limit)[-limit:], _floats(feedback[-8 * limit :]), strict=True))
-
-
-def _floats(packed: bytes) -> tuple[float, ...]:
-    return struct.unpack(f"<{len(packed) // 8}d", packed)
-
-
-def _dump_attributes(attributes: Attributes) -> str:
-    return json.dumps(dict(attributes)) if attributes else ""
-
-
-def _load_attributes(text: str) -> dict[str, Any]:
-    if not text:
-        return {}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()}
 
 
 def _check_made(result: Result) -> Text | Representation:
@@ -706,84 +655,3 @@ def _check_made(result: Result) -> Text | Representation:
             "values that are not finite; it must be float32[d]"
         )
     return Representation(vector, made.fingerprint)
-
-
-# -- the schema ----------------------------------------------------------------------------------------------------
-
-
-def _use_wal(db: sqlite3.Connection) -> None:
-    """Switches to write-ahead logging, which does not wait by itself for another process that does the same."""
-    patience = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL").fetchall()
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > patience:
-                raise
-            time.sleep(0.01)
-        else:
-            return
-
-
-def _migrate(db: sqlite3.Connection, path: str) -> None:
-    """Brings the file's schema up to date; the number of the newest script is the schema's version."""
-    folder = importlib.resources.files("liber_runtime.memory") / "migrations"
-    scripts = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".sql")), key=lambda entry: entry.name)
-    if _checked_version(db, path, len(scripts)) == len(scripts):
-        return
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        # Again, now that no other process can be at it.
-        version = _checked_version(db, path, len(scripts))
-        for number, script in enumerate(scripts[version:], version + 1):
-            for statement in _statements(script.read_text(encoding="utf-8")):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {number}")
-            db.execute(f"PRAGMA application_id = {_APPLICATION}")
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-
-
-def _checked_version(db: sqlite3.Connection, path: str, newest: int) -> int:
-    ((version,),) = db.execute("PRAGMA user_version")
-    ((application,),) = db.execute("PRAGMA application_id")
-    ((tables,),) = db.execute("SELECT count(*) FROM sqlite_master")
-    if application != _APPLICATION and (tables or version):
-        raise StoreError(f"store {path} is another program's database; choose another path")
-    if version > newest:
-        raise StoreError(
-            f"store {path} has schema version {version}, this liber-runtime knows up to {newest}; upgrade liber-runtime"
-        )
-    return int(version)
-
-
-def _statements(script: str) -> Iterator[str]:
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-
-
-_REMEDIES: tuple[tuple[str, str], ...] = (
-    ("full", "make room on the disk and repeat the call"),
-    ("no space", "make room on the disk and repeat the call"),
-    ("readonly", "make the file and its directory writable"),
-    ("read-only", "make the file and its directory writable"),
-    ("permission", "make the file and its directory writable"),
-    ("not a database", "it is some other file; choose another path"),
-    ("malformed", "the file is damaged; restore a backup, or save what is left with 'sqlite3 FILE .recover'"),
-    ("locked", "another process writes without pause; stop it, or append in larger batches"),
-    ("unable to open", "check that the path is a file in a directory that can be written"),
-    ("directory", "check that the path is a file in a directory that can be written"),
-    ("file exists", "check that the path is a file in a directory that can be written"),
-)
-
-
-def _remedy(message: str) -> str:
-    lowered = message.lower()
-    return next((remedy for sign, remedy in _REMEDIES if sign in lowered), "check the disk and repeat the call")

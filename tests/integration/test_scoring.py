@@ -139,7 +139,7 @@ class TestClientRefuses:
         settings = Settings(deadline_seconds=0.0005)
         with (
             ScoringClient(running.url, settings) as hasty,
-            pytest.raises(ScoringError, match="within 0.0005 s") as raised,
+            pytest.raises(ScoringError, match=r"within 0\.0005 s") as raised,
         ):
             hasty.score(users_of(built) * 20, items_of(built)[:1] * len(users_of(built)) * 20)
         assert raised.value.status == "DEADLINE_EXCEEDED"

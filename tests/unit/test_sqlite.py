@@ -176,7 +176,7 @@ def test_a_failed_migration_changes_nothing(path: Path, tmp_path: Path, monkeypa
     package.mkdir(parents=True)
     (package / "0001_good.sql").write_text("CREATE TABLE one (a); -- with ; inside\nCREATE TABLE two (a);\n")
     (package / "0002_bad.sql").write_text("CREATE TABLE three (a);\nCREATE TABLE one (a);\n")
-    monkeypatch.setattr(engine.importlib.resources, "files", lambda name: package.parent)
+    monkeypatch.setattr("importlib.resources.files", lambda name: package.parent)
     with pytest.raises(StoreError, match="table one already exists"):
         SQLiteStore(str(path))
     with sqlite3.connect(path) as db:

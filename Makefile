@@ -1,0 +1,48 @@
+# The targets below explain themselves: make help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+DATA ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test unit lint types format check clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## Make the environment in .venv (Python 3.10 to 3.12; PYTHON=... chooses one)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else \
+	  "error: $(PYTHON) is Python %d.%d; LIBER runs on 3.10 to 3.12: make PYTHON=python3.11 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[serve,build,bench,test,lint]'
+	@touch $@
+
+demo: setup  ## Run LIBER end to end: DATA=path/to/ml-100k, or the generated sample without it
+	$(BIN)/liber demo $(if $(DATA),--data '$(DATA)') --output '$(RUN)'
+
+test: setup  ## Run all tests, those on the real Triton included (LIBER_DATA=path/to/ml-100k adds those on real data)
+	$(BIN)/python -m pytest
+
+unit: setup  ## Run the tests that start no server
+	$(BIN)/python -m pytest tests/unit tests/contract
+
+lint: setup  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## Check types
+	$(BIN)/mypy
+
+format: setup  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types test  ## Everything CI runs
+
+clean:  ## Remove the environment and all runs
+	rm -rf $(VENV) runs

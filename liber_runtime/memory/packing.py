@@ -1,0 +1,58 @@
+"""How behaviors and attributes lie in a row of a store: compact, and read back exactly."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from liber_runtime.behavior import Attributes, Behavior
+
+Packed: TypeAlias = tuple[str, bytes, bytes, str]
+"""A run of behaviors as it lies in a row: item ids, feedback, timestamps, event ids."""
+
+
+def pack(behaviors: Sequence[Behavior]) -> Packed:
+    """One row of a user's behaviors; ids hold no line breaks (`check_id`), so a line break parts them."""
+    return (
+        "\n".join([behavior.item_id for behavior in behaviors]),
+        struct.pack(f"<{len(behaviors)}d", *[behavior.feedback for behavior in behaviors]),
+        struct.pack(f"<{len(behaviors)}d", *[behavior.timestamp for behavior in behaviors]),
+        "\n".join([behavior.event_id for behavior in behaviors]),
+    )
+
+
+def unpack(user_id: str, item_ids: str, feedback: bytes, timestamps: bytes, event_ids: str) -> list[Behavior]:
+    """The behaviors of a row of one user."""
+    if not item_ids:
+        return []
+    return [
+        Behavior(user_id, *values)
+        for values in zip(
+            item_ids.split("\n"), _floats(feedback), _floats(timestamps), event_ids.split("\n"), strict=True
+        )
+    ]
+
+
+def newest(item_ids: str, feedback: bytes, limit: int) -> tuple[tuple[str, float], ...]:
+    """At most `limit` newest (item id, feedback) of a row, oldest first, without making behaviors of the rest."""
+    if not item_ids or limit < 1:
+        return ()
+    return tuple(zip(item_ids.rsplit("\n", limit)[-limit:], _floats(feedback[-8 * limit :]), strict=True))
+
+
+def _floats(packed: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(packed) // 8}d", packed)
+
+
+def dump_attributes(attributes: Attributes) -> str:
+    """Attributes as JSON; nothing for none."""
+    return json.dumps(dict(attributes)) if attributes else ""
+
+
+def load_attributes(text: str) -> dict[str, Any]:
+    """Attributes as they were, tuples as tuples."""
+    if not text:
+        return {}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()}
