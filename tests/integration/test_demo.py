@@ -25,6 +25,8 @@ from builders.train import TrainingSettings
 from liber_runtime.exceptions import ConfigurationError, LiberError
 from liber_runtime.memory import open_store
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -172,7 +174,12 @@ class TestKilledWhileItServesAndLearns:
         for moment, nth in (("noted", 40), ("cut", 70)):
             script = DIE_AT.format(moment=moment, nth=nth, settings=run.settings)
             command = [sys.executable, "-c", script, str(run.data), str(directory)]
-            ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, capture_output=True)
+            ended = subprocess.run(
+                command,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                cwd=ROOT,
+                capture_output=True,
+            )
             assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
             answers = _answers(directory)
             assert noted < len(answers) < run.report["serving"]["samples"]
