@@ -97,7 +97,7 @@ def run_demo(source: Path | None, directory: Path, settings: BuildSettings) -> d
     watch = Stopwatch()
     with watch.step("load"):
         dataset = load(source)
-    console.print(f"data: {dataset.domain.name} ({dataset.origin})")
+    console.print(f"data: {dataset.domain.name} ({dataset.origin})", soft_wrap=True)
     _claim_directory(directory, dataset, settings)
     store = open_store(f"sqlite:///{directory / 'memory.db'}", Count(settings.minimum))
     try:
@@ -197,7 +197,7 @@ def _claim_directory(directory: Path, dataset: Dataset, settings: BuildSettings)
             f"{directory / 'memory.db'} is a store that no demo made; give the demo another --output"
         )
     if note.is_file() and note.read_text() != job:
-        console.print(f"{directory} holds another job; starting afresh")
+        console.print(f"{directory} holds another job; starting afresh", soft_wrap=True)
         for name in ("memory.db", "memory.db-wal", "memory.db-shm", JOURNAL, "report.json", "report.html"):
             (directory / name).unlink(missing_ok=True)
         for name in ("knowledge", "models", "bundle", "model_repository"):
