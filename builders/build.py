@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -69,6 +68,7 @@ class BuildSettings:
         max_partitions: newest partitions the fuser reads.
         minimum: earlier behaviors a sample needs; the paper's K.
         seed: of weights, batches and dropout.
+        refit_pca: fit the PCA anew even if an earlier build of the same directory left one.
         training: see `TrainingSettings`.
     """
 
@@ -78,6 +78,7 @@ class BuildSettings:
     max_partitions: int = 40
     minimum: int = 20
     seed: int = 1
+    refit_pca: bool = False
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
@@ -144,7 +145,7 @@ def fit_representations(
             if (key := (samples.user_ids[user], int(number))) in texts
         ]
         embed(directory, training, cache)
-        _fit_pca_once(cache, training, spec, directory, settings.dimension)
+        _fit_pca_once(cache, training, spec, directory, settings)
         fingerprint = fingerprint_of(spec, directory / PCA)
         embed(directory, [each.pair for each in texts.values() if each.fingerprint != fingerprint], cache)
         store.reencode(fingerprint)
@@ -353,17 +354,20 @@ def _stored_texts(store: MemoryStore) -> dict[tuple[str, int], _StoredTexts]:
 
 
 def _fit_pca_once(
-    cache: EmbeddingCache, training: Sequence[Pair], spec: EncoderSpec, directory: Path, dimension: int
+    cache: EmbeddingCache, training: Sequence[Pair], spec: EncoderSpec, directory: Path, settings: BuildSettings
 ) -> None:
-    """Fits the PCA unless `directory` has it: the last bits of a fit depend on the machine, and name the vectors."""
-    content = "\x1e".join((spec.digest, str(dimension), *itertools.chain.from_iterable(training)))
-    key = hashlib.sha256(content.encode()).hexdigest()
+    """Fits the PCA unless `directory` has one for this encoder and dimension.
+
+    A PCA is kept from build to build: with another one every stored vector would have to be made anew, and the bundle
+    that serves meanwhile would refuse the users whose vectors already are.
+    """
+    key = f"{spec.digest} {settings.dimension}"
     note = directory / "pca.key"
-    if note.is_file() and note.read_text() == key and (directory / PCA).is_file():
+    if not settings.refit_pca and note.is_file() and note.read_text() == key and (directory / PCA).is_file():
         return
     note.unlink(missing_ok=True)
     building = directory / "pca.building"
-    fit_pca(cache.get(training), dimension, building)
+    fit_pca(cache.get(training), settings.dimension, building)
     building.replace(directory / PCA)
     note.write_text(key)
 

@@ -303,6 +303,10 @@ def build(
     ] = None,
     dimension: Annotated[int, typer.Option(help="d: size of representations and interest.", min=1)] = 32,
     history: Annotated[int, typer.Option(help="T: newest behaviors the backbone reads.", min=1)] = 20,
+    refit_pca: Annotated[
+        bool,
+        typer.Option(help="Fit the PCA anew, not keep that of the last build in --output: every vector is remade."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.")] = 1,
 ) -> None:
     """Make a bundle: fill the store, write texts, fit encoder, PCA, fuser and backbone, export, publish.
@@ -319,7 +323,7 @@ def build(
 
     if triton is not None and repository is None:
         raise InvalidInputError("--triton needs --repository, the model repository that this Triton serves")
-    settings = BuildSettings(dimension=dimension, history_length=history, seed=seed)
+    settings = BuildSettings(dimension=dimension, history_length=history, seed=seed, refit_pca=refit_pca)
     if encoder is not None:
         settings = dataclasses.replace(settings, encoder=encoder)
     dataset = load(data)
