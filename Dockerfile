@@ -1,14 +1,17 @@
 # The scoring image for CPUs: the `liber` command with Triton, and nothing that builds bundles.
 #
 #   docker build --tag liber .
-#   docker run --shm-size 1g --publish 8001:8001 --volume "$PWD/runs/models:/models" --volume memory:/memory liber
+#   docker network create liber
+#   docker run --name scoring --network liber --shm-size 1g --publish 127.0.0.1:8001:8001 \
+#     --volume "$PWD/runs/models:/models:ro" --volume memory:/memory liber
 #
 # Triton's Python models pass tensors through /dev/shm: 16 MiB for each loaded version of each of six models, and two
 # versions are kept loaded. Docker's default of 64 MB is too little; without --shm-size the models do not load.
 #
 # The worker is the same image with another command. It serves no HTTP to be asked for its health:
 #
-#   docker run --no-healthcheck --env LIBER_TRITON=scoring:8001 --volume memory:/memory liber worker
+#   docker run --name worker --network liber --no-healthcheck --env LIBER_TRITON=scoring:8001 \
+#     --volume memory:/memory liber worker
 #
 # Scoring and worker share one SQLite file, so they run on one machine, over a volume on a local disk.
 
