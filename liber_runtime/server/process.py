@@ -69,6 +69,8 @@ class TritonProcess:
             self._process = subprocess.Popen(
                 command,
                 env=plan.environment,
+                # A stub imports from its working directory first: it must not be where someone keeps a tokenizers.py.
+                cwd=plan.backends,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
