@@ -47,7 +47,7 @@ from liber_runtime.bundle import (
     Manifest,
 )
 from liber_runtime.exceptions import ConfigurationError
-from liber_runtime.memory import MemoryStore
+from liber_runtime.memory import MemoryStore, PartitionRecord
 from liber_runtime.progress import Advance, console, progress
 from liber_runtime.worker import Worker, WorkerProgress
 from liber_runtime.writers import Writer
@@ -65,7 +65,6 @@ class BuildSettings:
         encoder: BERT checkpoint, see `export_encoder`.
         dimension: d, size of r_j and of the interest.
         history_length: T, newest behaviors the backbone reads.
-        max_partitions: newest partitions the fuser reads.
         minimum: earlier behaviors a sample needs; the paper's K.
         seed: of weights, batches and dropout.
         refit_pca: fit the PCA anew even if an earlier build of the same directory left one.
@@ -75,7 +74,6 @@ class BuildSettings:
     encoder: str = EMBEDDED
     dimension: int = 32
     history_length: int = 20
-    max_partitions: int = 40
     minimum: int = 20
     seed: int = 1
     refit_pca: bool = False
@@ -117,7 +115,7 @@ def write_texts(store: MemoryStore, writer: Writer) -> None:
 
 
 def fit_representations(
-    store: MemoryStore, samples: Samples, split: Split, directory: Path, settings: BuildSettings
+    store: MemoryStore, dataset: Dataset, samples: Samples, split: Split, directory: Path, settings: BuildSettings
 ) -> Knowledge:
     """Fits encoder and PCA, and gives every stored partition its vector (Eq. 4).
 
@@ -125,16 +123,18 @@ def fit_representations(
 
     Args:
         store: with the texts of all its partitions.
-        samples: of the log that the store was filled from.
+        dataset: the log that the store was filled from.
+        samples: of that log.
         split: of the samples.
         directory: keeps the exported encoder, the embeddings and the PCA, so that a rerun does only what is missing.
         settings: encoder and dimension.
 
     Raises:
-        ConfigurationError: an unusable encoder, or too few partitions for the dimension.
+        ConfigurationError: an unusable encoder, too few partitions for the dimension, or a store that was filled from
+            another log or in another order.
     """
     spec = export_encoder(settings.encoder, directory)
-    texts = _stored_texts(store)
+    texts = _stored_texts(store, dataset, samples)
     cache = EmbeddingCache(directory / "embeddings.db", spec)
     try:
         before_test = samples.partitions_before(int(split.test[0]))
@@ -273,7 +273,7 @@ def export_bundle(
             fingerprint=knowledge.fingerprint,
             dimension=settings.dimension,
             history_length=settings.history_length,
-            max_partitions=settings.max_partitions,
+            max_partitions=settings.training.max_partitions,
             backbone=type(model.backbone).__name__,
             writers=knowledge.writers,
             seed=settings.seed,
@@ -293,7 +293,7 @@ def build(
     parts = split_samples(samples)
     remember(store, dataset, dataset.behaviors)
     write_texts(store, writer)
-    knowledge = fit_representations(store, samples, parts, directory / "knowledge", settings)
+    knowledge = fit_representations(store, dataset, samples, parts, directory / "knowledge", settings)
     vocabulary = fit(dataset, dataset.behaviors[: samples.behavior[parts.test[0]]])
     data = prepare(store, dataset, samples, parts.training_part, vocabulary, knowledge, settings)
     model = make_liber(vocabulary, settings)
@@ -339,12 +339,15 @@ class _StoredTexts:
     fingerprint: str
 
 
-def _stored_texts(store: MemoryStore) -> dict[tuple[str, int], _StoredTexts]:
+def _stored_texts(store: MemoryStore, dataset: Dataset, samples: Samples) -> dict[tuple[str, int], _StoredTexts]:
     """By user and partition number, the partitions whose texts are complete."""
+    number_of = {user: number for number, user in enumerate(samples.user_ids)}
     texts: dict[tuple[str, int], _StoredTexts] = {}
     for user in store.users():
         timeline = store.timeline(user)
         for record in timeline.partitions if timeline else ():
+            if user in number_of:
+                _require_same_partition(record, user, number_of[user], dataset, samples)
             if record.summary and (record.shift or record.number == 1):
                 texts[user, record.number] = _StoredTexts(
                     pair=(record.summary.text, record.shift.text if record.shift else ""),
@@ -352,6 +355,24 @@ def _stored_texts(store: MemoryStore) -> dict[tuple[str, int], _StoredTexts]:
                     fingerprint=record.representation.fingerprint if record.representation else "",
                 )
     return texts
+
+
+def _require_same_partition(
+    record: PartitionRecord, user: str, number: int, dataset: Dataset, samples: Samples
+) -> None:
+    """Training would otherwise pair a sample with the knowledge of other behaviors than those before it."""
+    first, boundaries = samples.offsets[number], samples.boundaries
+    row = boundaries.offsets[number] + record.number - 1
+    if row >= boundaries.offsets[number + 1]:
+        # Of behaviors that came after the log was written: no sample sees it.
+        return
+    rows = samples.sequence_behavior[first + boundaries.start[row] : first + boundaries.end[row]]
+    expected = [dataset.behaviors[place].event_id for place in rows]
+    if expected != [behavior.event_id for behavior in record.behaviors]:
+        raise ConfigurationError(
+            f"partition {record.number} of user {user!r} in the store holds other behaviors than the log in time "
+            "order: the store was filled from another log, or behaviors arrived late; build with a new --store"
+        )
 
 
 def _fit_pca_once(

@@ -36,7 +36,7 @@ def write_bundle(
         fingerprint: of encoder and PCA.
         dimension: d.
         history_length: T.
-        max_partitions: newest partitions fused.
+        max_partitions: newest representations fused.
         backbone: name of the CTR model.
         writers: authors of the texts.
         seed: of training.

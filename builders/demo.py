@@ -118,7 +118,7 @@ def _run(
     with watch.step("texts"):
         write_texts(store, StatisticalWriter())
     with watch.step("encode"):
-        knowledge = fit_representations(store, samples, parts, directory / "knowledge", settings)
+        knowledge = fit_representations(store, dataset, samples, parts, directory / "knowledge", settings)
     vocabulary = fit(dataset, dataset.behaviors[:test_begins])
     data = prepare(store, dataset, samples, parts.training_part, vocabulary, knowledge, settings)
     base, liber = make_base(vocabulary, settings), make_liber(vocabulary, settings)
@@ -151,8 +151,9 @@ def _run(
         test = prepare(store, dataset, samples, parts.test, vocabulary, knowledge, settings)
         rows = np.arange(len(parts.test))
         served = np.array([answers[row] for row in tested], dtype=np.float32)
-        offline = predict(liber, test, rows)
-        base_offline = predict(base, test, rows)
+        most = settings.training.max_partitions
+        offline = predict(liber, test, rows, max_partitions=most)
+        base_offline = predict(base, test, rows, max_partitions=most)
     report = {
         "data": _describe_data(dataset, samples, parts),
         "memory": _describe_memory(store, samples),

@@ -210,7 +210,7 @@ def replay(dataset: Dataset, condition: PartitionCondition, minimum: int = 20) -
     if not len(eligible):
         raise InvalidInputError(
             f"no user has more than {minimum} behaviors (the most is {lengths.max(initial=0)}), so there is no sample; "
-            f"bring a longer log or ask for a smaller minimum than {minimum}"
+            "bring a longer log"
         )
     eligible = eligible[np.argsort(order[eligible])]
     item_ids, item, feedback, timestamp = _columns(dataset)

@@ -77,10 +77,10 @@ class TrainingSettings:
         auxiliary_weight: of the backbone's own loss beside the click's.
         average_decay: of the exponential moving average of the weights, per step; the average is what is validated
             and kept.
-        max_partitions: newest partitions of a user that are fused.
+        max_partitions: newest representations of a user that are fused.
     """
 
-    max_epochs: int = 6
+    max_epochs: int = 16
     patience: int = 2
     batch_size: int = 1024
     learning_rate: float = 2e-3

@@ -39,12 +39,10 @@ class Fit:
         item_table: int32[items + 1, 1 + sum of the item fields' widths], one row per item index, row 0 (out of
             vocabulary) all zeros. Column 0 is the row of the id embedding: 0 for items too rare to have their own,
             which so share the out-of-vocabulary row. The other columns are the item fields' indices, in order.
-        id_rows: rows of the id embedding, row 0 included.
     """
 
     vocabulary: Vocabulary
     item_table: npt.NDArray[np.int32]
-    id_rows: int
 
 
 def fit(dataset: Dataset, training: Sequence[Behavior], minimum_count: int = 5, minimum_category: int = 5) -> Fit:
@@ -73,7 +71,7 @@ def fit(dataset: Dataset, training: Sequence[Behavior], minimum_count: int = 5, 
         feedback=Field(name="feedback", kind="number", boundaries=_feedback_boundaries(feedback, training)),
     )
     frequent = np.array([counts[item_id] >= minimum_count for item_id in items], dtype=bool)
-    return Fit(vocabulary, _item_table(dataset, vocabulary, frequent), id_rows=1 + int(frequent.sum()))
+    return Fit(vocabulary, _item_table(dataset, vocabulary, frequent))
 
 
 def _fields(rows: Sequence[Attributes], minimum_category: int, multiple: bool) -> tuple[Field, ...]:

@@ -83,15 +83,6 @@ class Behavior:
 
 
 @dataclass(frozen=True, slots=True)
-class Partition:
-    """An immutable, numbered run of one user's behaviors, P_j; `number` starts at 1."""
-
-    user_id: str
-    number: int
-    behaviors: tuple[Behavior, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Item:
     """One thing a behavior can be about.
 
@@ -135,6 +126,10 @@ class Domain:
 
     def __post_init__(self) -> None:
         low, high = self.feedback_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise InvalidInputError(
+                f"feedback_range [{low}, {high}] of domain {self.name!r} must be two finite numbers, the lower first"
+            )
         if not low <= self.positive_above < high:
             raise InvalidInputError(
                 f"positive_above {self.positive_above} of domain {self.name!r} must lie in "

@@ -77,7 +77,7 @@ class Manifest(pydantic.BaseModel, frozen=True):
         fingerprint: of encoder and PCA together; vectors made by another pair are refused.
         dimension: d, size of r_j and of the interest.
         history_length: T, behaviors the backbone reads.
-        max_partitions: newest partitions the fuser reads.
+        max_partitions: newest representations of a user that are fused.
         backbone: name of the CTR model.
         writers: authors of the texts it was trained on.
         seed: of training.

@@ -23,7 +23,7 @@ from rich.text import Text
 from liber_runtime import __version__
 from liber_runtime.behavior import Behavior
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError, LiberError
-from liber_runtime.memory import MemoryStore, Timeline, open_store
+from liber_runtime.memory import MemoryStore, Timeline, absolute_url, open_store
 from liber_runtime.partition import parse_condition
 from liber_runtime.progress import console, progress
 from liber_runtime.settings import load_settings
@@ -232,7 +232,7 @@ def serve(
         grpc_port=grpc_port,
         http_port=http_port,
         metrics_port=metrics_port,
-        environment={"LIBER_STORE": store or load_settings().store},
+        environment={"LIBER_STORE": absolute_url(store or load_settings().store)},
     )
 
     def announce(ready: TritonServer) -> None:

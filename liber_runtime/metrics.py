@@ -6,13 +6,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from liber_runtime.behavior import Text
 from liber_runtime.exceptions import ConfigurationError
-from liber_runtime.memory import Appended, Statistics, Step
+from liber_runtime.memory import Statistics, Step
 
 _WRITER_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Metrics:
-    """Counters of one process, in a registry of their own.
+    """Counters of one worker, in a registry of their own.
 
     Attributes:
         registry: what `serve` shows; other collectors may be registered with it.
@@ -20,9 +20,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._behaviors = Counter("liber_behaviors", "Behaviors kept.", registry=self.registry)
-        self._duplicates = Counter("liber_duplicate_behaviors", "Behaviors known already.", registry=self.registry)
-        self._partitions = Counter("liber_partitions", "Partitions cut.", registry=self.registry)
         self._steps = Counter("liber_steps", "Steps made and kept.", ["step"], registry=self.registry)
         self._failures = Counter("liber_step_failures", "Steps that failed.", ["step"], registry=self.registry)
         self._dead = Counter("liber_steps_given_up", "Steps given up.", ["step"], registry=self.registry)
@@ -42,12 +39,6 @@ class Metrics:
             registry=self.registry,
         )
         self._tokens = Counter("liber_writer_tokens", "Tokens of writers.", ["direction"], registry=self.registry)
-
-    def appended(self, appended: Appended) -> None:
-        """Counts what one `MemoryStore.append` did."""
-        self._behaviors.inc(appended.behaviors)
-        self._duplicates.inc(appended.duplicates)
-        self._partitions.inc(appended.partitions)
 
     def written(self, text: Text) -> None:
         """Counts one answer of a writer."""

@@ -19,7 +19,7 @@ class Settings(BaseSettings):
         max_users: most distinct users of one scoring request, U.
         max_candidates: most candidates of one scoring request, N.
         threads: threads of one ONNX Runtime session; 0 for one per processor.
-        deadline_seconds: how long a client waits for an answer.
+        deadline_seconds: how long a scoring client waits for an answer.
     """
 
     model_config = SettingsConfigDict(env_prefix="LIBER_", extra="ignore")
@@ -48,4 +48,6 @@ def load_settings() -> Settings:
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         variable = "LIBER_" + str(problem["loc"][0]).upper()
-        raise ConfigurationError(f"{variable}={problem['input']!r} is not usable: {problem['msg']}") from None
+        raise ConfigurationError(
+            f"{variable}={problem['input']!r} is not usable ({problem['msg']}); correct or unset it"
+        ) from None

@@ -104,4 +104,5 @@ class Vocabulary(pydantic.BaseModel, frozen=True):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, pydantic.ValidationError) as error:
-            raise ConfigurationError(f"vocabulary {path} cannot be read ({error}); build the bundle again") from None
+            reason = str(error).splitlines()[0]
+            raise ConfigurationError(f"vocabulary {path} cannot be read ({reason}); build the bundle again") from None

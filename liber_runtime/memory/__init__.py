@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -247,6 +248,12 @@ class MemoryStore(Protocol):
     def close(self) -> None:
         """Releases files and connections; the store cannot be used afterwards."""
         ...
+
+
+def absolute_url(url: str) -> str:
+    """The same store, whatever directory a process runs in."""
+    scheme, separator, rest = url.partition(":///")
+    return f"{scheme}{separator}{Path(rest).absolute()}" if scheme == "sqlite" and rest else url
 
 
 def open_store(url: str, condition: PartitionCondition | None = None) -> MemoryStore:

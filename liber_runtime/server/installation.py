@@ -24,11 +24,10 @@ STUB_NAME = "triton_python_backend_stub"
 _SYSTEM_BINARY = Path("/opt/tritonserver/bin/tritonserver")
 _PROBE_SECONDS = 60.0
 # Runs in the interpreter under inspection, which may be any Python 3. numpy is looked up, not imported: importing it
-# costs 0.1 s or more, and an installed numpy may be unable to load. Empty entries of sys.path are the working
-# directory, which a stub does not look into.
+# costs 0.1 s or more, and an installed numpy may be unable to load. It runs isolated (-I), as stubs do: PYTHON*
+# variables and the user's own packages count for neither.
 _PROBE = """
 import sys
-sys.path[:] = [entry for entry in sys.path if entry]
 import ctypes, importlib.metadata, json, os, sysconfig
 version = "%d.%d" % sys.version_info[:2]
 library = "libpython%s.so.1.0" % version
@@ -172,7 +171,7 @@ def inspect_python(environment: Mapping[str, str]) -> StubPython:
             f"no python3 on the server's PATH {environment.get('PATH')!r}: Triton's models need one"
         )
     probe = subprocess.run(
-        [executable, "-c", _PROBE], env=dict(environment), capture_output=True, text=True, timeout=_PROBE_SECONDS
+        [executable, "-I", "-c", _PROBE], env=dict(environment), capture_output=True, text=True, timeout=_PROBE_SECONDS
     )
     if probe.returncode != 0:
         last_line = (probe.stderr.strip().splitlines() or ["no output"])[-1]

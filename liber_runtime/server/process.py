@@ -69,6 +69,8 @@ class TritonProcess:
             self._process = subprocess.Popen(
                 command,
                 env=plan.environment,
+                # A stub imports from its working directory first: it must not be where someone keeps a tokenizers.py.
+                cwd=plan.backends,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -155,7 +157,8 @@ def find_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:
             except OSError as error:
                 reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
                 raise ConfigurationError(
-                    f"{service} port {port} on {host} {reason}; choose another with {service}_port (0: any free one)"
+                    f"{service} port {port} on {host} {reason}; choose another "
+                    f"({service}_port, --{service}-port; 0: any free one)"
                 ) from None
             found[service] = listener.getsockname()[1]
     return found

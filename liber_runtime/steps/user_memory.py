@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from liber_runtime.bundle import VOCABULARY, Manifest
-from liber_runtime.exceptions import InvalidInputError, LiberError, StoreError
+from liber_runtime.exceptions import ConfigurationError, InvalidInputError, LiberError, StoreError
 from liber_runtime.memory import MemoryStore, UserMemory, open_store
 from liber_runtime.settings import Settings, load_settings
 from liber_runtime.steps.backend import Outcome, Tensors
@@ -82,7 +82,7 @@ class UserMemoryStep:
         for user, memory in zip(request.users, held, strict=True):
             if memory and memory.fingerprints - {self._manifest.fingerprint}:
                 foreign = ", ".join(sorted(memory.fingerprints - {self._manifest.fingerprint}))
-                return StoreError(
+                return ConfigurationError(
                     f"the vectors of user {user!r} were made by encoder and PCA {foreign}, this bundle reads "
                     f"{self._manifest.fingerprint}; publish the bundle they belong to, or encode the stored texts "
                     "again with `liber build`"

@@ -172,7 +172,7 @@ def _read_back(summary: str) -> tuple[_Taste, dict[_Key, _Taste]]:
     if level is None:
         raise InvalidInputError(
             f"the summary {summary[:60]!r} was not written by the statistical writer; a shift is written by the "
-            "writer of its summaries: use that one, or forget the user's texts and write both again"
+            "writer of its summaries: use that writer, or fill a new store"
         )
     tastes = {
         (line["facet"], found["name"]): _Taste(int(found["count"]), float(found["mean"]))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -209,13 +210,24 @@ class TestRefusals:
 
     def test_numpy_2(self, tmp_path: Path) -> None:
         before = leftovers()
-        write_model(tmp_path / "first", "XY")
-        (tmp_path / "site" / "numpy-2.1.0.dist-info").mkdir(parents=True)
-        (tmp_path / "site" / "numpy-2.1.0.dist-info" / "METADATA").write_text("Name: numpy\nVersion: 2.1.0\n")
-        environment = {"PYTHONPATH": str(tmp_path / "site")}
+        write_model(tmp_path / "models" / "first", "XY")
+        venv.create(tmp_path / "venv", symlinks=True)
+        (site,) = (tmp_path / "venv" / "lib").glob("python3.*/site-packages")
+        (site / "numpy-2.1.0.dist-info").mkdir()
+        (site / "numpy-2.1.0.dist-info" / "METADATA").write_text("Name: numpy\nVersion: 2.1.0\n")
+        python = tmp_path / "venv" / "bin" / "python3"
         with pytest.raises(ConfigurationError, match=r"numpy 2\.1\.0 in .*pip install 'numpy<2'"):
-            TritonServer(tmp_path, log_file=tmp_path / "triton.log", environment=environment).start()
+            TritonServer(tmp_path / "models", log_file=tmp_path / "triton.log", python=python).start()
         assert leftovers() == before
+
+    def test_modules_where_it_was_started_are_not_its_models(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_model(tmp_path / "models" / "first", "XY", initialize="import json; json.dumps(1)")
+        (tmp_path / "json.py").write_text("raise RuntimeError('not this one')\n")
+        monkeypatch.chdir(tmp_path)
+        with TritonServer(Path("models"), log_file=Path("triton.log"), stop_timeout=3) as server:
+            assert infer(server, "first", "XY") == 1
 
     def test_a_model_that_does_not_load(self, tmp_path: Path) -> None:
         before = leftovers()

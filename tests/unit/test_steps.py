@@ -17,7 +17,7 @@ from builders.models.fuser import AttentionFuser
 from builders.pca import fingerprint, fit_pca
 from liber_runtime.behavior import Behavior, Domain, Item
 from liber_runtime.bundle import BACKBONE, FUSER, PCA, EncoderSpec, Manifest
-from liber_runtime.exceptions import InvalidInputError, StoreError
+from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.memory import MemoryStore, open_store
 from liber_runtime.representation import Encoded
 from liber_runtime.settings import Settings
@@ -137,7 +137,7 @@ def test_a_bad_request_leaves_the_others_of_its_batch_alone(encoded: MemoryStore
 def test_vectors_of_another_encoder_are_refused(encoded: MemoryStore) -> None:
     step = UserMemoryStep(encoded, VOCABULARY, manifest("other"), Settings())
     refused, unaffected = step.run([request([b"long"], [b"i3"], [0]), request([b"short"], [b"i3"], [0])])
-    assert isinstance(refused, StoreError)
+    assert isinstance(refused, ConfigurationError)
     assert "user 'long'" in str(refused)
     assert "abc" in str(refused)
     assert "this bundle reads other" in str(refused)

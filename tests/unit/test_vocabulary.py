@@ -71,7 +71,6 @@ def test_the_catalogue_is_whole_and_rare_items_share_row_0() -> None:
     made = fit(dataset, dataset.behaviors, minimum_count=3)
     assert made.vocabulary.items == ("i0", "i1", "i2", "i7")
     assert made.item_table.tolist() == [[0], [1], [0], [0], [2]]
-    assert made.id_rows == 3
 
 
 def test_only_the_training_part_is_looked_at() -> None:
