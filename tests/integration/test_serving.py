@@ -160,6 +160,7 @@ def test_a_new_bundle_takes_over_between_two_answers(own: Running, questions: Qu
         for thread in threads:
             thread.join()
     assert not failures
+    assert own.server.stub_restarts == own.server.server_restarts == 0
     assert np.abs(old - new).max() > 1e-3
     for each in answers:
         is_old = [np.allclose(answer, old, atol=1e-6) for answer in each]
