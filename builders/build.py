@@ -48,7 +48,7 @@ from liber_runtime.bundle import (
 )
 from liber_runtime.exceptions import ConfigurationError
 from liber_runtime.memory import MemoryStore, PartitionRecord
-from liber_runtime.progress import Advance, progress
+from liber_runtime.progress import Advance, console, progress
 from liber_runtime.worker import Worker, WorkerProgress
 from liber_runtime.writers import Writer
 
@@ -176,8 +176,8 @@ def prepare(
     history = indexed.history(rows, settings.history_length)
     users = samples.user[rows]
     profiles = [vocabulary.vocabulary.profile_indices(dataset.profiles.get(user, {})) for user in samples.user_ids]
-    representations, start = _stored_vectors(store, samples, knowledge, settings.dimension)
     count = samples.partitions[rows]
+    representations, start = _stored_vectors(store, samples, _most_seen(samples, rows), knowledge, settings.dimension)
     lacking = np.flatnonzero(start[users] + count > start[users + 1])
     if len(lacking):
         user = samples.user_ids[users[lacking[0]]]
@@ -230,6 +230,7 @@ def train_once(
     if path.is_file():
         kept = torch.load(path, weights_only=True)
         if kept["key"] == key:
+            console.print(f"train {name}: an earlier run did")
             model.load_state_dict(kept["weights"])
             model.eval()
             return _restore_result(kept["result"])
@@ -392,26 +393,38 @@ def _fit_pca_once(
     note.write_text(key)
 
 
+def _most_seen(samples: Samples, rows: Index) -> npt.NDArray[np.int64]:
+    """int64[users]: how many partitions of each user the newest of the samples `rows` sees."""
+    most = np.zeros(len(samples.user_ids), dtype=np.int64)
+    np.maximum.at(most, samples.user[rows], samples.partitions[rows])
+    return most
+
+
 def _stored_vectors(
-    store: MemoryStore, samples: Samples, knowledge: Knowledge, dimension: int
+    store: MemoryStore, samples: Samples, count: npt.NDArray[np.int64], knowledge: Knowledge, dimension: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """All vectors of all users float32[R, d], and int64[users + 1], where each user's begin."""
-    most = int(np.diff(samples.boundaries.offsets).max(initial=0))
+    """The first `count` int64[users] vectors of all users float32[R, d], and int64[users + 1], where each user's begin.
+
+    The store may hold more, of behaviors after the samples: they are left out, so that the same samples always make
+    the same training data.
+    """
+    # The store gives the newest; to have the first of them, all are asked for.
+    most = store.statistics().partitions
     matrices = [np.zeros((0, dimension), dtype=np.float32)]
     start = np.zeros(len(samples.user_ids) + 1, dtype=np.int64)
     for first in range(0, len(samples.user_ids), USERS_PER_READ):
         users = samples.user_ids[first : first + USERS_PER_READ]
-        for position, memory in enumerate(store.read(users, history=0, partitions=most), start=first + 1):
-            held = memory.representations if memory else ()
+        for user, memory in enumerate(store.read(users, history=0, partitions=most), start=first):
+            held = memory.representations[: count[user]] if memory else ()
             if memory and memory.fingerprints - {knowledge.fingerprint}:
                 raise ConfigurationError(
-                    f"user {samples.user_ids[position - 1]!r} has vectors of encoder and PCA "
+                    f"user {samples.user_ids[user]!r} has vectors of encoder and PCA "
                     f"{', '.join(sorted(memory.fingerprints))}, this build made {knowledge.fingerprint}; is another "
                     "worker encoding into this store? stop it and build again"
                 )
             if len(held):
                 matrices.append(np.asarray(held))
-            start[position] = len(held)
+            start[user + 1] = len(held)
     return np.concatenate(matrices), np.cumsum(start)
 
 

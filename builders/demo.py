@@ -12,10 +12,11 @@ import asyncio
 import csv
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ from builders.train import TrainingData, TrainingResult, predict
 from builders.vocabulary import Fit, fit
 from liber_runtime import __version__
 from liber_runtime.bundle import Manifest
-from liber_runtime.exceptions import LiberError
+from liber_runtime.exceptions import ConfigurationError, LiberError
 from liber_runtime.memory import MemoryStore, Timeline, open_store
 from liber_runtime.partition import Count
 from liber_runtime.progress import console, progress
@@ -60,6 +61,9 @@ from liber_runtime.writers.statistical import StatisticalWriter
 
 ILLUSTRATED_PARTITIONS = 8
 """The report shows the user whose number of partitions comes nearest to this: enough to see interests move."""
+
+
+JOURNAL = "served.csv"
 
 
 @dataclass
@@ -88,12 +92,12 @@ def run_demo(source: Path | None, directory: Path, settings: BuildSettings) -> d
         What ``report.json`` holds.
 
     Raises:
-        LiberError: unusable data, or a server that does not start.
+        LiberError: unusable data, a directory that another store is in, or a server that does not start.
     """
     watch = Stopwatch()
     with watch.step("load"):
         dataset = load(source)
-    console.print(f"data: {dataset.domain.name} ({dataset.origin})")
+    console.print(f"data: {dataset.domain.name} ({dataset.origin})", soft_wrap=True)
     _claim_directory(directory, dataset, settings)
     store = open_store(f"sqlite:///{directory / 'memory.db'}", Count(settings.minimum))
     try:
@@ -124,6 +128,9 @@ def _run(
         liber_result = train_once("liber", liber, data, parts, settings, directory / "models")
     with watch.step("export"):
         manifest = _export_once(liber, vocabulary, knowledge, dataset, directory, settings)
+    tested: list[int] = samples.behavior[parts.test].tolist()
+    remembered = store.statistics().behaviors
+    answers = _read_journal(directory / JOURNAL, manifest, [row for row in tested if row < remembered])
 
     with watch.step("start_server"):
         server = TritonServer(
@@ -134,7 +141,7 @@ def _run(
         server.start()
     try:
         with watch.step("serve"):
-            served = asyncio.run(_live(dataset, samples, parts, store, server.grpc_url, directory, manifest))
+            asyncio.run(_live(dataset, tested, answers, store, server.grpc_url, directory / JOURNAL))
         with watch.step("latency"):
             latency = measure(server.grpc_url, store.users(), vocabulary.vocabulary.items, seed=settings.seed)
     finally:
@@ -143,6 +150,7 @@ def _run(
     with watch.step("evaluate"):
         test = prepare(store, dataset, samples, parts.test, vocabulary, knowledge, settings)
         rows = np.arange(len(parts.test))
+        served = np.array([answers[row] for row in tested], dtype=np.float32)
         most = settings.training.max_partitions
         offline = predict(liber, test, rows, max_partitions=most)
         base_offline = predict(base, test, rows, max_partitions=most)
@@ -173,7 +181,11 @@ def _run(
 
 
 def _claim_directory(directory: Path, dataset: Dataset, settings: BuildSettings) -> None:
-    """Empties what another job left: its vectors, weights and answers are not this job's."""
+    """Empties what another job left: its vectors, weights and answers are not this job's.
+
+    Raises:
+        ConfigurationError: a store is there that no demo made.
+    """
     digest = hashlib.sha256(
         f"{__version__} {settings!r} {dataset.domain!r} {dataset.items!r} {dataset.profiles!r}".encode()
     )
@@ -181,9 +193,13 @@ def _claim_directory(directory: Path, dataset: Dataset, settings: BuildSettings)
         digest.update(f"{behavior.user_id}\x1f{behavior.event_id}\x1e".encode())
     note = directory / "job.json"
     job = json.dumps({"job": digest.hexdigest(), "data": dataset.domain.name, "seed": settings.seed})
+    if not note.is_file() and (directory / "memory.db").exists():
+        raise ConfigurationError(
+            f"{directory / 'memory.db'} is a store that no demo made; give the demo another --output"
+        )
     if note.is_file() and note.read_text() != job:
-        console.print(f"{directory} holds another job; starting afresh")
-        for name in ("memory.db", "memory.db-wal", "memory.db-shm", "served.csv", "report.json", "report.html"):
+        console.print(f"{directory} holds another job; starting afresh", soft_wrap=True)
+        for name in ("memory.db", "memory.db-wal", "memory.db-shm", JOURNAL, "report.json", "report.html"):
             (directory / name).unlink(missing_ok=True)
         for name in ("knowledge", "models", "bundle", "model_repository"):
             shutil.rmtree(directory / name, ignore_errors=True)
@@ -206,35 +222,32 @@ def _export_once(
 
 
 async def _live(
-    dataset: Dataset,
-    samples: Samples,
-    parts: Split,
-    store: MemoryStore,
-    url: str,
-    directory: Path,
-    manifest: Manifest,
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Lives through the test part: score, then remember, then learn; float32[test samples] as served.
+    dataset: Dataset, tested: Sequence[int], answers: dict[int, float], store: MemoryStore, url: str, journal: Path
+) -> None:
+    """Lives through the test part: score, then remember, then learn.
 
     Each answer is noted before its behavior is appended, so that a run that was interrupted goes on where it was:
     appending again changes nothing, and scoring again would see the future.
+
+    Args:
+        dataset: whose behaviors from the first of `tested` on are lived through.
+        tested: rows of the behaviors that are test samples.
+        answers: receives the click probability of each of them, by row; those it has already are not asked for.
+        store: has the behaviors before.
+        url: host:port of Triton's gRPC endpoint.
+        journal: where answers are noted.
     """
-    journal = directory / "served.csv"
-    answers = _read_journal(journal, manifest)
     client, encoder = AsyncScoringClient(url), TritonEncoder(url)
     worker = Worker(store, StatisticalWriter(), encoder)
-    is_test = set(samples.behavior[parts.test].tolist())
-    first = int(samples.behavior[parts.test[0]])
+    is_test = set(tested)
     try:
         await worker.drain()
         with (
-            progress("serve and learn", len(dataset.behaviors) - first) as advance,
+            progress("serve and learn", len(dataset.behaviors) - tested[0]) as advance,
             journal.open("a", newline="") as file,
         ):
             notes = csv.writer(file)
-            if journal.stat().st_size == 0:
-                notes.writerow(["bundle", manifest.bundle_id])
-            for row in range(first, len(dataset.behaviors)):
+            for row in range(tested[0], len(dataset.behaviors)):
                 behavior = dataset.behaviors[row]
                 if row in is_test and row not in answers:
                     scores = await client.score(behavior.user_id, [behavior.item_id])
@@ -247,25 +260,39 @@ async def _live(
     finally:
         await client.close()
         await encoder.close()
-    return np.array([answers[row] for row in samples.behavior[parts.test].tolist()], dtype=np.float32)
 
 
-def _read_journal(path: Path, manifest: Manifest) -> dict[int, float]:
-    """Answers noted by an interrupted run of the same bundle, by row of the log."""
-    if not path.is_file():
-        return {}
+def _read_journal(path: Path, manifest: Manifest, owed: Sequence[int]) -> dict[int, float]:
+    """Answers noted by an interrupted run of the same bundle, by row of the log; begins the journal if there is none.
+
+    Args:
+        path: of the journal.
+        manifest: of the bundle that answers.
+        owed: rows of the test samples that the store has moved past: their answers must be there.
+
+    Raises:
+        LiberError: the journal is another bundle's, or lacks what is owed.
+    """
+    heading = ["bundle", manifest.bundle_id]
     # A killed run can leave half a line: it was not acknowledged, so it is taken off.
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    path.write_bytes(whole + b"\n" if whole else b"")
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
     rows = list(csv.reader(whole.decode().splitlines()))
-    if not rows:
-        return {}
-    if rows[0] != ["bundle", manifest.bundle_id]:
+    answers = {int(row): float(probability) for row, probability in rows[1:]}
+    if rows and rows[0] != heading:
         raise LiberError(
             f"{path} holds answers of another bundle than {manifest.bundle_id}, and the store has moved on since; "
             f"delete {path.parent} and run the demo again"
         )
-    return {int(row): float(probability) for row, probability in rows[1:]}
+    if lost := [row for row in owed if row not in answers]:
+        raise LiberError(
+            f"{path} lacks the answers to {len(lost)} samples that the store has moved past; delete {path.parent} and "
+            "run the demo again"
+        )
+    if not rows:
+        path.write_text(",".join(heading) + "\n")
+    elif path.stat().st_size > len(whole) + 1:
+        os.truncate(path, len(whole) + 1)
+    return answers
 
 
 def _describe_data(dataset: Dataset, samples: Samples, parts: Split) -> dict[str, Any]:

@@ -7,6 +7,7 @@ that a running server switches from one bundle to the next as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ from liber_runtime.bundle import (
     VOCABULARY,
     verify,
 )
-from liber_runtime.exceptions import ConfigurationError
+from liber_runtime.exceptions import ConfigurationError, ScoringError
+from liber_runtime.model_control import load_models
 
 DESCRIPTION = Path(__file__).resolve().parent.parent / "model_repository"
 
@@ -43,6 +45,10 @@ EMBEDDING_MODELS = ("bert_tokenizer", "bert_encoder")
 EMBEDDING_ENSEMBLES = ("liber_embed",)
 BUNDLE_ENSEMBLES = ("liber_encode", "liber_score")
 
+BUNDLE_MODELS = (*PARTS_OF_MODEL, *BUNDLE_ENSEMBLES)
+"""In the order in which a running server loads them. An ensemble whose step does not load is lost, also in the version
+that served; a step that does not load on its own leaves what serves alone, and says why."""
+
 KEPT_VERSIONS = 2
 """The version that serves, and the one before it, which may still be answering."""
 
@@ -50,13 +56,49 @@ KEPT_VERSIONS = 2
 def publish(bundle: Path, repository: Path) -> int:
     """Publishes a bundle into `repository` (made if missing); returns the new version.
 
-    A server that has the repository open takes the new version with ``load_model`` of the two ensembles.
+    A server that has the repository open takes the new version by loading `BUNDLE_MODELS`, see `deploy`.
 
     Raises:
         ConfigurationError: the bundle is incomplete or was changed.
     """
     verify(bundle)
     return _publish(bundle, repository, tuple(PARTS_OF_MODEL), BUNDLE_ENSEMBLES)
+
+
+def deploy(bundle: Path, repository: Path, url: str) -> int:
+    """Publishes a bundle and has the running server on `repository` switch to it; returns the new version.
+
+    Args:
+        bundle: its directory.
+        repository: the one that the server at `url` serves.
+        url: host:port of Triton's gRPC endpoint.
+
+    Raises:
+        ConfigurationError: the bundle is incomplete or was changed.
+        ScoringError: the server does not answer or cannot load the bundle. It goes on serving the version before, to
+            which the repository is set back.
+    """
+    version = publish(bundle, repository)
+    try:
+        load_models(url, BUNDLE_MODELS)
+    except ScoringError:
+        if withdraw(repository, version):
+            with contextlib.suppress(ScoringError):
+                load_models(url, BUNDLE_MODELS)
+        raise
+    return version
+
+
+def withdraw(repository: Path, version: int) -> bool:
+    """Takes a bundle's newest version out of `repository` again; returns False, and keeps it, if there is no other."""
+    rest = [number for number in _versions(repository / BUNDLE_ENSEMBLES[-1]) if number < version]
+    if not rest:
+        return False
+    for name in BUNDLE_ENSEMBLES:
+        _pin(read_config(repository / name / "config.pbtxt"), max(rest), repository / name)
+    for name in BUNDLE_MODELS:
+        shutil.rmtree(repository / name / str(version))
+    return True
 
 
 def publish_encoder(encoder: Path, repository: Path) -> int:
@@ -83,14 +125,17 @@ def _publish(source: Path, repository: Path, models: Sequence[str], ensembles: S
         _write(repository / name / "config.pbtxt", (DESCRIPTION / name / "config.pbtxt").read_text())
     for name in ensembles:
         (repository / name / str(version)).mkdir(parents=True)
-        config = read_config(DESCRIPTION / name / "config.pbtxt")
-        for step in config.ensemble_scheduling.step:
-            step.model_version = version
-        _write(repository / name / "config.pbtxt", text_format.MessageToString(config))
+        _pin(read_config(DESCRIPTION / name / "config.pbtxt"), version, repository / name)
     for name in (*models, *ensembles):
         for old in sorted(_versions(repository / name))[:-KEPT_VERSIONS]:
             shutil.rmtree(repository / name / str(old))
     return version
+
+
+def _pin(config: model_config_pb2.ModelConfig, version: int, ensemble: Path) -> None:
+    for step in config.ensemble_scheduling.step:
+        step.model_version = version
+    _write(ensemble / "config.pbtxt", text_format.MessageToString(config))
 
 
 def _versions(directory: Path) -> list[int]:

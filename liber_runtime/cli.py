@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import itertools
 import json
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from liber_runtime import __version__
 from liber_runtime.behavior import Behavior
@@ -25,6 +27,9 @@ from liber_runtime.memory import MemoryStore, Timeline, open_store
 from liber_runtime.partition import parse_condition
 from liber_runtime.progress import console, progress
 from liber_runtime.settings import load_settings
+
+if TYPE_CHECKING:
+    from liber_runtime.worker import WorkerProgress, WorkerReport
 
 APPEND_BATCH = 10_000
 """Behaviors in one transaction of `ingest`."""
@@ -37,13 +42,13 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-output = Console()
+output = Console(markup=False, emoji=False, highlight=False)
 
 StoreOption = Annotated[
-    str | None, typer.Option("--store", help="Memory store, e.g. sqlite:///runs/memory.db. [env: LIBER_STORE]")
+    str | None, typer.Option("--store", help="Memory store, e.g. sqlite:///runs/memory.db. (env var: LIBER_STORE)")
 ]
 TritonOption = Annotated[
-    str | None, typer.Option("--triton", help="host:port of Triton's gRPC endpoint. [env: LIBER_TRITON]")
+    str | None, typer.Option("--triton", help="host:port of Triton's gRPC endpoint. (env var: LIBER_TRITON)")
 ]
 DataOption = Annotated[
     Path | None,
@@ -63,8 +68,16 @@ def main() -> None:
     try:
         application()
     except LiberError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror or error}; check that the path is right and can be written")
+
+
+def _fail(reason: str) -> NoReturn:
+    line = " ".join(reason.split("\n"))
+    console.print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True)
+    sys.exit(1)
 
 
 @application.callback(invoke_without_command=True)
@@ -134,23 +147,36 @@ def ingest(
     from liber_runtime.behavior_log import read_behaviors, read_items, read_profiles
     from liber_runtime.domain import read_domain
 
+    if behaviors is None and items is None and users is None:
+        raise InvalidInputError("there is nothing to ingest; name a behaviors file, --users, or --items with --domain")
     if (items is None) != (domain is None):
         raise InvalidInputError("--items and --domain go together: prompts need both; give the two or neither")
+    # All that is short is read before the store is touched, the log as far as its first behavior.
+    catalogue = (read_domain(domain), read_items(items)) if items is not None and domain is not None else None
+    profiles = read_profiles(users) if users is not None else {}
+    log = read_behaviors(behaviors) if behaviors is not None else iter(())
+    first = list(itertools.islice(log, 1))
     with _open(store, condition) as memory:
-        if items is not None and domain is not None:
-            memory.put_items(read_domain(domain), read_items(items))
-        if users is not None:
-            memory.put_profiles(read_profiles(users))
-        if behaviors is not None:
-            _append_all(memory, read_behaviors(behaviors))
+        if catalogue is not None:
+            memory.put_items(*catalogue)
+            output.print(f"{len(catalogue[1])} items of {catalogue[0].name!r} are in the catalogue")
+        if profiles:
+            memory.put_profiles(profiles)
+            output.print(f"{len(profiles)} profiles are kept")
+        if first:
+            _append_all(memory, itertools.chain(first, log))
 
 
 @application.command()
 def worker(
     store: StoreOption = None,
     triton: TritonOption = None,
-    drain: Annotated[bool, typer.Option(help="Stop when nothing is left to do, instead of waiting for more.")] = False,
-    texts_only: Annotated[bool, typer.Option(help="Write texts and leave the encoding to another worker.")] = False,
+    drain: Annotated[
+        bool, typer.Option("--drain", help="Stop when nothing is left to do, instead of waiting for more.")
+    ] = False,
+    texts_only: Annotated[
+        bool, typer.Option("--texts-only", help="Write texts and leave the encoding to another worker.")
+    ] = False,
     metrics_port: Annotated[
         int, typer.Option(help="Serve Prometheus metrics on this port of 127.0.0.1; 0 for none.")
     ] = 0,
@@ -161,26 +187,29 @@ def worker(
     from liber_runtime.worker import Worker
     from liber_runtime.writers.statistical import StatisticalWriter
 
-    async def work(memory: MemoryStore) -> Any:
+    metrics = Metrics()
+    if metrics_port:
+        metrics.serve(metrics_port)
+
+    async def work(memory: MemoryStore, tell: Callable[[WorkerProgress], None]) -> WorkerReport:
         encoder = None if texts_only else TritonEncoder(triton or load_settings().triton)
         working = Worker(memory, StatisticalWriter(), encoder, metrics=metrics)
         try:
             if drain:
-                return await working.drain()
+                return await working.drain(tell)
             stop = asyncio.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
-            return await working.run(stop)
+            return await working.run(stop, tell)
         finally:
             if encoder is not None:
                 await encoder.close()
 
-    metrics = Metrics()
-    if metrics_port:
-        metrics.serve(metrics_port)
-    with _open(store) as memory:
-        report = asyncio.run(work(memory))
+    with _open(store) as memory, _told(bar=drain) as tell:
+        report = asyncio.run(work(memory, tell))
     output.print_json(json.dumps(dataclasses.asdict(report)))
+    if report.dead:
+        raise LiberError(f"{report.dead} steps were given up after repeated failures, the reason is above")
 
 
 @application.command()
@@ -256,7 +285,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what the store holds: partitions, texts with their origin, the cache."""
-    with _open(store) as memory:
+    with _open_existing(store) as memory:
         if user is None:
             typer.echo(json.dumps(dataclasses.asdict(memory.statistics()), indent=2))
             return
@@ -276,11 +305,16 @@ def forget(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Erase everything held of a user: behaviors, partitions, texts, vectors, pending work."""
-    if not yes:
-        typer.confirm(f"Erase everything held of user {user!r}?", abort=True)
-    with _open(store) as memory:
+    with _open_existing(store) as memory:
+        if memory.timeline(user) is None:
+            output.print(f"nothing was held of user {user!r}", soft_wrap=True)
+            return
+        if not yes:
+            typer.confirm(f"Erase everything held of user {user!r}?", abort=True)
         forgotten = memory.forget(user)
-    output.print(f"erased {forgotten.behaviors} behaviors and {forgotten.partitions} partitions of user {user!r}")
+    output.print(
+        f"erased {forgotten.behaviors} behaviors and {forgotten.partitions} partitions of user {user!r}", soft_wrap=True
+    )
 
 
 @application.command()
@@ -305,7 +339,9 @@ def build(
     history: Annotated[int, typer.Option(help="T: newest behaviors the backbone reads.", min=1)] = 20,
     refit_pca: Annotated[
         bool,
-        typer.Option(help="Fit the PCA anew, not keep that of the last build in --output: every vector is remade."),
+        typer.Option(
+            "--refit-pca", help="Fit the PCA anew, not keep that of the last build in --output: every vector is remade."
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.")] = 1,
 ) -> None:
@@ -313,33 +349,40 @@ def build(
 
     Needs a checkout and the extras build and serve.
     """
-    with _needs_builders():
-        from builders.build import BuildSettings
-        from builders.build import build as build_bundle
-        from builders.datasets import load
-        from builders.repository import BUNDLE_ENSEMBLES, publish
-    from liber_runtime.model_control import load_models
-    from liber_runtime.writers.statistical import StatisticalWriter
-
     if triton is not None and repository is None:
         raise InvalidInputError("--triton needs --repository, the model repository that this Triton serves")
+    with _needs_builders():
+        from builders.datasets import load
+
+        dataset = load(data)
+        # Later, for it takes seconds: a mistyped path is told at once.
+        from builders.build import BuildSettings
+        from builders.build import build as build_bundle
+        from builders.repository import deploy, publish
+    from liber_runtime.writers.statistical import StatisticalWriter
+
     settings = BuildSettings(dimension=dimension, history_length=history, seed=seed, refit_pca=refit_pca)
     if encoder is not None:
         settings = dataclasses.replace(settings, encoder=encoder)
-    dataset = load(data)
     with _open(store, condition) as memory:
         manifest, result = build_bundle(memory, dataset, StatisticalWriter(), output_directory, settings)
-    output.print(
-        f"bundle {manifest.bundle_id} in {output_directory / 'bundle'}: validation AUC {result.auc:.4f}, "
-        f"log loss {result.logloss:.4f}",
-        soft_wrap=True,
-    )
-    if repository is not None:
-        version = publish(output_directory / "bundle", repository)
-        output.print(f"published as version {version} of {repository}", soft_wrap=True)
-    if triton is not None:
-        load_models(triton, BUNDLE_ENSEMBLES)
-        output.print(f"Triton at {triton} serves it")
+        output.print(
+            f"bundle {manifest.bundle_id} in {output_directory / 'bundle'}: validation AUC {result.auc:.4f}, "
+            f"log loss {result.logloss:.4f}",
+            soft_wrap=True,
+        )
+        if repository is None:
+            return
+        if triton is None:
+            version = publish(output_directory / "bundle", repository)
+            output.print(f"published as version {version} of {repository}", soft_wrap=True)
+            return
+        version = deploy(output_directory / "bundle", repository, triton)
+        output.print(f"published as version {version} of {repository}; Triton at {triton} serves it", soft_wrap=True)
+        # While this build trained, workers encoded with the bundle that served; its vectors would be refused now.
+        late = memory.reencode(manifest.fingerprint)
+        if late:
+            output.print(f"{late} vectors that the bundle before made meanwhile wait for a worker to encode them again")
 
 
 @contextmanager
@@ -362,39 +405,64 @@ def _open(url: str | None, condition: str | None = None) -> Iterator[MemoryStore
         memory.close()
 
 
-def _append_all(memory: MemoryStore, behaviors: Iterable[Behavior]) -> None:
+@contextmanager
+def _open_existing(url: str | None) -> Iterator[MemoryStore]:
+    """Opens a store for what makes no sense on an empty one; a mistyped path must not become a new store."""
+    named = url or load_settings().store
+    path = Path(named.removeprefix("sqlite:///"))
+    if named.startswith("sqlite:///") and not path.exists():
+        raise ConfigurationError(
+            f"there is no store {named}; name another with --store or LIBER_STORE, or make one with `liber ingest` or "
+            "`liber build`"
+        )
+    with _open(named) as memory:
+        yield memory
+
+
+@contextmanager
+def _told(bar: bool) -> Iterator[Callable[[WorkerProgress], None]]:
+    """Shows how far a worker is, on a bar if it is to end, and every failure that is not the last one again."""
+    with progress("write and encode", None) if bar else nullcontext(lambda done: None) as advance:
+        done, error = 0, ""
+
+        def tell(now: WorkerProgress) -> None:
+            nonlocal done, error
+            made = now.report.summaries + now.report.shifts + now.report.representations
+            advance(made - done)
+            done = made
+            if now.error != error:
+                console.print(f"a step failed: {now.error}", soft_wrap=True)
+                error = now.error
+
+        yield tell
+
+
+def _append_all(memory: MemoryStore, behaviors: Iterator[Behavior]) -> None:
     kept = duplicates = partitions = 0
-    with progress("append behaviors", None) as advance:
-        batch: list[Behavior] = []
-
-        def flush() -> None:
-            nonlocal kept, duplicates, partitions
-            appended = memory.append(batch)
-            kept += appended.behaviors
-            duplicates += appended.duplicates
-            partitions += appended.partitions
-            advance(len(batch))
-            batch.clear()
-
-        for behavior in behaviors:
-            batch.append(behavior)
-            if len(batch) == APPEND_BATCH:
-                flush()
-        if batch:
-            flush()
-    output.print(f"kept {kept} behaviors, {duplicates} were there already; cut {partitions} partitions")
+    try:
+        with progress("append behaviors", None) as advance:
+            while batch := list(itertools.islice(behaviors, APPEND_BATCH)):
+                appended = memory.append(batch)
+                kept += appended.behaviors
+                duplicates += appended.duplicates
+                partitions += appended.partitions
+                advance(len(batch))
+    finally:
+        # Also when a later line is broken: what came before it is kept.
+        if kept or duplicates:
+            output.print(f"kept {kept} behaviors, {duplicates} were there already; cut {partitions} partitions")
 
 
 def _print_timeline(timeline: Timeline) -> None:
     profile = ", ".join(f"{name} {value}" for name, value in timeline.profile.items()) or "no profile"
-    output.print(f"user {timeline.user_id}: {profile}", markup=False)
+    output.print(f"user {timeline.user_id}: {profile}", soft_wrap=True)
     for record in timeline.partitions:
         first, last = (_day(record.behaviors[end].timestamp) for end in (0, -1))
         output.print(f"\npartition {record.number}: {len(record.behaviors)} behaviors, {first} to {last}", style="bold")
         for text in (record.summary, record.shift):
             if text is not None:
                 output.print(f"{text.kind} ({text.writer}, {text.prompt_version}):", style="cyan")
-                output.print(text.text, markup=False)
+                output.print(text.text, soft_wrap=True)
         made = record.representation
         output.print(
             f"vector: {f'{len(made.vector)} numbers by {made.fingerprint}' if made else 'pending'}", style="dim"

@@ -33,13 +33,19 @@ def read_domain_file(path: Path) -> DomainFile:
         InvalidInputError: not there, not JSON, an unknown key or a value of the wrong type.
     """
     try:
-        return DomainFile.model_validate(json.loads(path.read_text("utf-8")))
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InvalidInputError(f"{path} does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"{path} is not a JSON object in UTF-8 ({error}); correct it") from None
+    if not isinstance(content, dict):
+        raise InvalidInputError(f'{path} is not a JSON object but {content!r:.80}; write {{"name": ...}}')
+    try:
+        return DomainFile.model_validate(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InvalidInputError(f"{path}: {where} {first['input']!r:.80}: {first['msg']}; correct the key") from None
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path} is not a JSON object in UTF-8 ({error}); correct it") from None
 
 
 def read_domain(path: Path) -> Domain:
@@ -53,4 +59,7 @@ def read_domain(path: Path) -> Domain:
     missing = [key for key in needed if key not in given]
     if missing:
         raise InvalidInputError(f"{path} lacks {', '.join(missing)}; streaming needs all of {', '.join(needed)}")
-    return Domain(**given)
+    try:
+        return Domain(**given)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{path}: {error}") from None

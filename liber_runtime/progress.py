@@ -13,8 +13,9 @@ from rich.text import Text
 Advance: TypeAlias = Callable[[int], None]
 """Called with the number of units done since the last call."""
 
-console = Console(stderr=True)
-"""Progress and notes go to standard error, so that standard output holds results alone."""
+console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+"""Progress and notes go to standard error, so that standard output holds results alone. Ids and paths from outside may
+be in what is printed, so nothing of it is markup."""
 
 
 class _RateColumn(ProgressColumn):

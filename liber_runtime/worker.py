@@ -59,7 +59,7 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProgress:
-    """How far a drain is.
+    """How far the work is.
 
     Attributes:
         report: what was done so far.
@@ -129,14 +129,18 @@ class Worker:
         self.idle_seconds = idle_seconds
         self.stop_seconds = stop_seconds
 
-    async def run(self, stop: asyncio.Event) -> WorkerReport:
+    async def run(self, stop: asyncio.Event, progress: Callable[[WorkerProgress], None] | None = None) -> WorkerReport:
         """Works until `stop` is set, then finishes the calls in flight or gives their steps back.
+
+        Args:
+            stop: ends the work.
+            progress: see `drain`.
 
         Raises:
             StoreError: the store failed.
             ConfigurationError: partitions wait to be summarised, and the store has no description of the data set.
         """
-        return await _Session(self, stop).work(forever=True)
+        return await _Session(self, stop, progress).work(forever=True)
 
     async def drain(self, progress: Callable[[WorkerProgress], None] | None = None) -> WorkerReport:
         """Works until nothing is ready, its own retries included; steps that other workers hold are left to them.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from builders.build import BuildSettings, build
 from builders.datasets import Dataset, sample
@@ -18,6 +19,9 @@ from liber_runtime.memory import MemoryStore, open_store
 from liber_runtime.scoring import ScoringClient
 from liber_runtime.server import TritonServer
 from liber_runtime.writers.statistical import StatisticalWriter
+
+# The models are so small that threads only wait for each other, long where other processes want the processors.
+torch.set_num_threads(1)
 
 
 @dataclasses.dataclass(frozen=True)
