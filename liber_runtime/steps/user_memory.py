@@ -50,7 +50,10 @@ class UserMemoryStep:
         """Reads the bundle's part in `directory` and opens the store that ``LIBER_STORE`` names."""
         settings = load_settings()
         return cls(
-            open_store(settings.store), Vocabulary.load(directory / VOCABULARY), Manifest.load(directory), settings
+            open_store(settings.store, create=False),
+            Vocabulary.load(directory / VOCABULARY),
+            Manifest.load(directory),
+            settings,
         )
 
     def close(self) -> None:
