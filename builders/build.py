@@ -363,10 +363,11 @@ def _require_same_partition(
     """Training would otherwise pair a sample with the knowledge of other behaviors than those before it."""
     first, boundaries = samples.offsets[number], samples.boundaries
     row = boundaries.offsets[number] + record.number - 1
-    expected: list[str] = []
-    if row < boundaries.offsets[number + 1]:
-        rows = samples.sequence_behavior[first + boundaries.start[row] : first + boundaries.end[row]]
-        expected = [dataset.behaviors[place].event_id for place in rows]
+    if row >= boundaries.offsets[number + 1]:
+        # Of behaviors that came after the log was written: no sample sees it.
+        return
+    rows = samples.sequence_behavior[first + boundaries.start[row] : first + boundaries.end[row]]
+    expected = [dataset.behaviors[place].event_id for place in rows]
     if expected != [behavior.event_id for behavior in record.behaviors]:
         raise ConfigurationError(
             f"partition {record.number} of user {user!r} in the store holds other behaviors than the log in time "

@@ -22,8 +22,10 @@ import typer.main
 from builders.datasets import Dataset, sample
 from liber_runtime.cli import application
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 120
+
+PLACES = ("--data", "data", "--store", "sqlite:///memory.db", "--output", "build", "--repository", "models")
+BUILD = ("build", *PLACES, "--dimension", 8, "--history", 10)
 
 DOMAIN = {
     "name": "films",
@@ -39,7 +41,7 @@ DOMAIN = {
 
 def environment(**settings: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LIBER_")}
-    return {**inherited, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1", **settings}
+    return {**inherited, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **settings}
 
 
 def command(*arguments: object) -> list[str]:
@@ -126,7 +128,7 @@ def serving(directory: Path, *arguments: object) -> Iterator[tuple[subprocess.Po
     log = directory / "triton.log"
     with subprocess.Popen(
         command("serve", "--grpc-port", 0, "--http-port", 0, "--metrics-port", 0, "--log-file", log, *arguments),
-        cwd=ROOT,
+        cwd=directory,
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
@@ -142,17 +144,9 @@ def serving(directory: Path, *arguments: object) -> Iterator[tuple[subprocess.Po
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Iterator[World]:
     directory = tmp_path_factory.mktemp("cli")
     dataset = write_data(directory / "data")
-    built = done("build", *build_options(directory, tiny_bert), directory=ROOT)
-    place = ("--repository", directory / "models", "--store", f"sqlite:///{directory / 'memory.db'}")
-    with serving(directory, *place) as (_, ready):
+    built = done(*BUILD, "--encoder", tiny_bert, directory=directory)
+    with serving(directory, "--repository", "models", "--store", "sqlite:///memory.db") as (_, ready):
         yield World(directory, dataset, built, ready)
-
-
-def build_options(directory: Path, encoder: Path) -> list[object]:
-    """Of a build from and into `directory`. It runs in the checkout: Triton's Python knows no PYTHONPATH."""
-    place = ["--data", directory / "data", "--store", f"sqlite:///{directory / 'memory.db'}"]
-    made = ["--output", directory / "build", "--repository", directory / "models"]
-    return [*place, *made, "--encoder", encoder, "--dimension", 8, "--history", 10]
 
 
 @pytest.fixture
@@ -173,9 +167,8 @@ def dead_port() -> Iterator[int]:
 class TestOwnData:
     def test_build_says_what_it_made_and_where(self, world: World) -> None:
         first, second = world.built.splitlines()
-        place = re.escape(str(world.directory / "build" / "bundle"))
-        assert re.fullmatch(rf"bundle [0-9a-f]{{16}} in {place}: validation AUC 0\.\d+, log loss \d\.\d{{4}}", first)
-        assert second == f"published as version 1 of {world.directory / 'models'}"
+        assert re.fullmatch(r"bundle [0-9a-f]{16} in build/bundle: validation AUC 0\.\d+, log loss \d\.\d{4}", first)
+        assert second == "published as version 1 of models"
         assert (world.directory / "build" / "bundle" / "manifest.json").is_file()
 
     def test_score_ranks_the_candidates(self, world: World) -> None:
@@ -242,11 +235,10 @@ class TestOwnData:
         assert json.loads(gone)["unknown_users"] == [user]
 
     def test_a_rebuild_switches_the_running_server(self, world: World, tiny_bert: Path) -> None:
-        options = build_options(world.directory, tiny_bert)
         before = done("score", "u1", "m1", "--json", "--triton", world.triton, directory=world.directory)
-        built = done("build", *options, "--seed", 2, "--triton", world.triton, directory=ROOT)
-        published = f"published as version 2 of {world.directory / 'models'}; Triton at {world.triton} serves it"
-        assert built.splitlines()[1:] == [published]
+        options = ("--encoder", tiny_bert, "--seed", 2, "--triton", world.triton)
+        built = done(*BUILD, *options, directory=world.directory)
+        assert built.splitlines()[1:] == [f"published as version 2 of models; Triton at {world.triton} serves it"]
         after = done("score", "u1", "m1", "--json", "--triton", world.triton, directory=world.directory)
         assert json.loads(after)["ranking"] != json.loads(before)["ranking"]
 
@@ -293,22 +285,32 @@ class TestServe:
     def test_a_port_in_use(self, world: World, busy_port: int, service: str) -> None:
         free = [option for name in ("grpc", "http", "metrics") if name != service for option in (f"--{name}-port", 0)]
         error = refused(
-            "serve", "--repository", "models", f"--{service}-port", busy_port, *free, directory=world.directory
+            *("serve", "--repository", "models", "--store", world.store),
+            *(f"--{service}-port", busy_port, *free),
+            directory=world.directory,
         )
         assert f"{service} port {busy_port} on 127.0.0.1 is already in use" in error
 
-    def test_a_repository_without_models(self, tmp_path: Path) -> None:
-        error = refused("serve", "--repository", "nowhere", directory=tmp_path)
+    def test_a_repository_without_models(self, world: World, tmp_path: Path) -> None:
+        store = ("--store", world.store)
+        error = refused("serve", "--repository", "nowhere", *store, directory=tmp_path)
         assert "no model repository at" in error
         assert "run `liber build`" in error
         (tmp_path / "empty").mkdir()
-        assert "holds no models" in refused("serve", "--repository", "empty", directory=tmp_path)
+        assert "holds no models" in refused("serve", "--repository", "empty", *store, directory=tmp_path)
 
     def test_a_log_that_cannot_be_written(self, world: World, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         ports = ("--grpc-port", 0, "--http-port", 0, "--metrics-port", 0)
-        arguments = ("--repository", world.directory / "models", "--log-file", tmp_path / "file" / "log", *ports)
+        place = ("--repository", world.directory / "models", "--store", world.store)
+        arguments = (*place, "--log-file", tmp_path / "file" / "log", *ports)
         assert f"{tmp_path / 'file'}" in refused("serve", *arguments, directory=tmp_path)
+
+    def test_a_store_that_is_not_there(self, world: World, tmp_path: Path) -> None:
+        place = ("--repository", world.directory / "models", "--store", "sqlite:///typo.db")
+        error = refused("serve", *place, directory=tmp_path)
+        assert error.startswith(f"error: there is no store sqlite:///{tmp_path / 'typo.db'}; name another")
+        assert not (tmp_path / "typo.db").exists()
 
 
 class TestRefusals:
@@ -394,7 +396,7 @@ class TestRefusals:
 
     def test_a_setting_that_cannot_be_used(self, tmp_path: Path) -> None:
         error = refused("score", "u", "i", directory=tmp_path, LIBER_THREADS="abc")
-        assert error.startswith("error: LIBER_THREADS='abc' is not usable: ")
+        assert error.startswith("error: LIBER_THREADS='abc' is not usable (")
 
     def test_texts_without_a_catalogue(self, world: World, tmp_path: Path) -> None:
         place = ("--store", "sqlite:///a.db")

@@ -25,8 +25,6 @@ from builders.train import TrainingSettings
 from liber_runtime.exceptions import ConfigurationError, LiberError
 from liber_runtime.memory import open_store
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -176,8 +174,7 @@ class TestKilledWhileItServesAndLearns:
             command = [sys.executable, "-c", script, str(run.data), str(directory)]
             ended = subprocess.run(
                 command,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
                 capture_output=True,
             )
             assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()

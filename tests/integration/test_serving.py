@@ -338,6 +338,15 @@ class TestLearning:
         assert held.fingerprints == {own.built.manifest.fingerprint}
         assert np.abs(scoring.score(fresh_user, items).probability - behind).max() > 1e-6
 
+    def test_a_rebuild_from_a_log_that_lags_behind_learns_from_that_log_alone(
+        self, own: Running, memory: MemoryStore
+    ) -> None:
+        user = users_with_partitions(own.built)[1]
+        memory.append(_picks(own.built, user, 40))
+        again = rebuild(own.built, own.built.directory)
+        assert again.manifest.bundle_id == own.built.manifest.bundle_id
+        assert _partitions(memory, user) > 2
+
     async def test_a_forgotten_user_is_unknown_to_the_next_score(
         self, own: Running, memory: MemoryStore, scoring: ScoringClient, fresh_user: str
     ) -> None:

@@ -57,6 +57,6 @@ def test_an_unusable_value_is_one_line_that_names_it(
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigurationError) as refused:
         load_settings()
-    assert str(refused.value).startswith(f"{variable}={value!r} is not usable: ")
+    assert str(refused.value).startswith(f"{variable}={value!r} is not usable (")
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
