@@ -17,8 +17,8 @@ from builders.repository import publish_encoder
 from liber_runtime.bundle import EncoderSpec
 from liber_runtime.progress import progress
 from liber_runtime.representation import Encoded, TextModel
+from liber_runtime.served.session import OnnxSession
 from liber_runtime.server import TritonServer
-from liber_runtime.steps.session import OnnxSession
 
 Pair = tuple[str, str]
 """(summary, shift)."""

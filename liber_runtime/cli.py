@@ -156,7 +156,7 @@ def ingest(
     profiles = read_profiles(users) if users is not None else {}
     log = read_behaviors(behaviors) if behaviors is not None else iter(())
     first = list(itertools.islice(log, 1))
-    with _open(store, condition) as memory:
+    with _open(store, condition, create=True) as memory:
         if catalogue is not None:
             memory.put_items(*catalogue)
             output.print(f"{len(catalogue[1])} items of {catalogue[0].name!r} are in the catalogue")
@@ -225,6 +225,9 @@ def serve(
     """Start tritonserver, watch and heal it, until SIGTERM or Ctrl-C."""
     from liber_runtime.server import TritonServer, run_until_signalled
 
+    # Triton's models run elsewhere than here, and a store that is not there is better told of before they load.
+    url = absolute_url(store or load_settings().store)
+    open_store(url, create=False).close()
     server = TritonServer(
         repository,
         log_file=log_file,
@@ -232,7 +235,7 @@ def serve(
         grpc_port=grpc_port,
         http_port=http_port,
         metrics_port=metrics_port,
-        environment={"LIBER_STORE": absolute_url(store or load_settings().store)},
+        environment={"LIBER_STORE": url},
     )
 
     def announce(ready: TritonServer) -> None:
@@ -285,7 +288,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what the store holds: partitions, texts with their origin, the cache."""
-    with _open_existing(store) as memory:
+    with _open(store) as memory:
         if user is None:
             typer.echo(json.dumps(dataclasses.asdict(memory.statistics()), indent=2))
             return
@@ -305,7 +308,7 @@ def forget(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Erase everything held of a user: behaviors, partitions, texts, vectors, pending work."""
-    with _open_existing(store) as memory:
+    with _open(store) as memory:
         if memory.timeline(user) is None:
             output.print(f"nothing was held of user {user!r}", soft_wrap=True)
             return
@@ -364,7 +367,7 @@ def build(
     settings = BuildSettings(dimension=dimension, history_length=history, seed=seed, refit_pca=refit_pca)
     if encoder is not None:
         settings = dataclasses.replace(settings, encoder=encoder)
-    with _open(store, condition) as memory:
+    with _open(store, condition, create=True) as memory:
         manifest, result = build_bundle(memory, dataset, StatisticalWriter(), output_directory, settings)
         output.print(
             f"bundle {manifest.bundle_id} in {output_directory / 'bundle'}: validation AUC {result.auc:.4f}, "
@@ -397,26 +400,13 @@ def _needs_builders() -> Iterator[None]:
 
 
 @contextmanager
-def _open(url: str | None, condition: str | None = None) -> Iterator[MemoryStore]:
-    memory = open_store(url or load_settings().store, parse_condition(condition) if condition else None)
+def _open(url: str | None, condition: str | None = None, create: bool = False) -> Iterator[MemoryStore]:
+    wanted = parse_condition(condition) if condition else None
+    memory = open_store(url or load_settings().store, wanted, create=create)
     try:
         yield memory
     finally:
         memory.close()
-
-
-@contextmanager
-def _open_existing(url: str | None) -> Iterator[MemoryStore]:
-    """Opens a store for what makes no sense on an empty one; a mistyped path must not become a new store."""
-    named = url or load_settings().store
-    path = Path(named.removeprefix("sqlite:///"))
-    if named.startswith("sqlite:///") and not path.exists():
-        raise ConfigurationError(
-            f"there is no store {named}; name another with --store or LIBER_STORE, or make one with `liber ingest` or "
-            "`liber build`"
-        )
-    with _open(named) as memory:
-        yield memory
 
 
 @contextmanager

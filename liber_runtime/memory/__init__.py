@@ -256,21 +256,27 @@ def absolute_url(url: str) -> str:
     return f"{scheme}{separator}{Path(rest).absolute()}" if scheme == "sqlite" and rest else url
 
 
-def open_store(url: str, condition: PartitionCondition | None = None) -> MemoryStore:
+def open_store(url: str, condition: PartitionCondition | None = None, *, create: bool = True) -> MemoryStore:
     """Opens, or makes, the store at `url`.
 
     Args:
         url: ``sqlite:///relative/path.db`` or ``sqlite:////absolute/path.db``.
         condition: when the cache is cut. Fixed when the store is made (default ``count(20)``, the paper's K);
             afterwards None takes the store's own.
+        create: make the store if it is missing. What only reads or erases says no, lest a mistyped path become one.
 
     Raises:
-        ConfigurationError: an unknown scheme, or a condition that is not the store's.
+        ConfigurationError: an unknown scheme, a condition that is not the store's, or no store where none is made.
         StoreError: the engine cannot be opened.
     """
     scheme, separator, rest = url.partition("://")
     if scheme == "sqlite" and separator and rest.startswith("/") and rest != "/":
         from liber_runtime.memory.sqlite import SQLiteStore
 
+        if not create and not Path(rest[1:]).exists():
+            raise ConfigurationError(
+                f"there is no store {url}; name another with --store or LIBER_STORE, or make one with `liber ingest` "
+                "or `liber build`"
+            )
         return SQLiteStore(rest[1:], condition)
     raise ConfigurationError(f"store {url!r} is not understood; write sqlite:///path/to/memory.db")

@@ -285,22 +285,32 @@ class TestServe:
     def test_a_port_in_use(self, world: World, busy_port: int, service: str) -> None:
         free = [option for name in ("grpc", "http", "metrics") if name != service for option in (f"--{name}-port", 0)]
         error = refused(
-            "serve", "--repository", "models", f"--{service}-port", busy_port, *free, directory=world.directory
+            *("serve", "--repository", "models", "--store", world.store),
+            *(f"--{service}-port", busy_port, *free),
+            directory=world.directory,
         )
         assert f"{service} port {busy_port} on 127.0.0.1 is already in use" in error
 
-    def test_a_repository_without_models(self, tmp_path: Path) -> None:
-        error = refused("serve", "--repository", "nowhere", directory=tmp_path)
+    def test_a_repository_without_models(self, world: World, tmp_path: Path) -> None:
+        store = ("--store", world.store)
+        error = refused("serve", "--repository", "nowhere", *store, directory=tmp_path)
         assert "no model repository at" in error
         assert "run `liber build`" in error
         (tmp_path / "empty").mkdir()
-        assert "holds no models" in refused("serve", "--repository", "empty", directory=tmp_path)
+        assert "holds no models" in refused("serve", "--repository", "empty", *store, directory=tmp_path)
 
     def test_a_log_that_cannot_be_written(self, world: World, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         ports = ("--grpc-port", 0, "--http-port", 0, "--metrics-port", 0)
-        arguments = ("--repository", world.directory / "models", "--log-file", tmp_path / "file" / "log", *ports)
+        place = ("--repository", world.directory / "models", "--store", world.store)
+        arguments = (*place, "--log-file", tmp_path / "file" / "log", *ports)
         assert f"{tmp_path / 'file'}" in refused("serve", *arguments, directory=tmp_path)
+
+    def test_a_store_that_is_not_there(self, world: World, tmp_path: Path) -> None:
+        place = ("--repository", world.directory / "models", "--store", "sqlite:///typo.db")
+        error = refused("serve", *place, directory=tmp_path)
+        assert error.startswith(f"error: there is no store sqlite:///{tmp_path / 'typo.db'}; name another")
+        assert not (tmp_path / "typo.db").exists()
 
 
 class TestRefusals:

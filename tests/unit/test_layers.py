@@ -59,7 +59,7 @@ def test_gru_is_an_augru_with_full_attention() -> None:
 
 @given(length=st.integers(0, 6), seed=st.integers(0, 2**16))
 @settings(deadline=None, max_examples=25)
-def test_steps_without_attention_leave_the_augru_as_it_is(length: int, seed: int) -> None:
+def test_served_without_attention_leave_the_augru_as_it_is(length: int, seed: int) -> None:
     torch.manual_seed(seed)
     layer, inputs, attention = AUGRU(3, 4), torch.randn(6, 2, 3), torch.rand(6, 2)
     attention[length:] = 0

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from liber_runtime.steps.backend import answer, version_directory
-from liber_runtime.steps.encoding import EncoderStep
+from liber_runtime.served.backend import answer, version_directory
+from liber_runtime.served.encoding import EncoderModel
 
 
 class TritonPythonModel:
-    """Triton's contract; all the work is in `EncoderStep`."""
+    """Triton's contract; all the work is in `EncoderModel`."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the bundle's part of this model version."""
-        self._step = EncoderStep.load(version_directory(args))
+        self._model = EncoderModel.load(version_directory(args))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answers the requests that Triton merged."""
-        return answer(requests, self._step)
+        return answer(requests, self._model)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from liber_runtime.steps.backend import answer, version_directory
-from liber_runtime.steps.user_memory import UserMemoryStep
+from liber_runtime.served.backend import answer, version_directory
+from liber_runtime.served.user_memory import UserMemoryModel
 
 
 class TritonPythonModel:
-    """Triton's contract; all the work is in `UserMemoryStep`."""
+    """Triton's contract; all the work is in `UserMemoryModel`."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the bundle's part of this model version."""
-        self._step = UserMemoryStep.load(version_directory(args))
+        self._model = UserMemoryModel.load(version_directory(args))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answers the requests that Triton merged."""
-        return answer(requests, self._step)
+        return answer(requests, self._model)
 
     def finalize(self) -> None:
         """Closes the store."""
-        self._step.close()
+        self._model.close()

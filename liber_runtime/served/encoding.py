@@ -10,12 +10,12 @@ import tokenizers
 
 from liber_runtime.bundle import ENCODER, PCA, TOKENIZER, EncoderSpec, Manifest
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
+from liber_runtime.served.backend import Outcome, Tensors
+from liber_runtime.served.session import OnnxSession
 from liber_runtime.settings import load_settings
-from liber_runtime.steps.backend import Outcome, Tensors
-from liber_runtime.steps.session import OnnxSession
 
 
-class TokenizerStep:
+class TokenizerModel:
     """summary BYTES[B], shift BYTES[B] -> input_ids and attention_mask int64[C,L], chunk_owner int64[C].
 
     The two texts of a pair are read as one, ``[CLS] summary [SEP] shift [SEP]``, so that each is encoded in the light
@@ -30,7 +30,7 @@ class TokenizerStep:
         self._spec = spec
 
     @classmethod
-    def load(cls, directory: Path) -> TokenizerStep:
+    def load(cls, directory: Path) -> TokenizerModel:
         """Reads the bundle's part in `directory`.
 
         Raises:
@@ -46,7 +46,7 @@ class TokenizerStep:
         return cls(tokenizer, EncoderSpec.load(directory))
 
     def run(self, batch: Sequence[Tensors]) -> list[Outcome]:
-        """See `Step.run`."""
+        """See `ServedModel.run`."""
         outcomes: list[Outcome] = []
         for tensors in batch:
             try:
@@ -83,7 +83,7 @@ class TokenizerStep:
         }
 
 
-class EncoderStep:
+class EncoderModel:
     """Token chunks -> text_embedding float32[B,h]: masked mean over all tokens of a pair's chunks."""
 
     inputs = ("input_ids", "attention_mask", "chunk_owner")
@@ -92,16 +92,16 @@ class EncoderStep:
         self._session = session
 
     @classmethod
-    def load(cls, directory: Path) -> EncoderStep:
+    def load(cls, directory: Path) -> EncoderModel:
         """Reads the bundle's part in `directory`."""
         return cls(OnnxSession(directory / ENCODER, load_settings().session_threads))
 
     def run(self, batch: Sequence[Tensors]) -> list[Outcome]:
-        """See `Step.run`."""
+        """See `ServedModel.run`."""
         return [dict(self._session.run(tensors)) for tensors in batch]
 
 
-class ProjectionStep:
+class ProjectionModel:
     """text_embedding float32[B,h] -> representation float32[B,d], fingerprint BYTES[1]."""
 
     inputs = ("text_embedding",)
@@ -111,12 +111,12 @@ class ProjectionStep:
         self._fingerprint = np.array([fingerprint.encode()], dtype=np.object_)
 
     @classmethod
-    def load(cls, directory: Path) -> ProjectionStep:
+    def load(cls, directory: Path) -> ProjectionModel:
         """Reads the bundle's part in `directory`."""
         return cls(OnnxSession(directory / PCA, threads=1), Manifest.load(directory).fingerprint)
 
     def run(self, batch: Sequence[Tensors]) -> list[Outcome]:
-        """See `Step.run`."""
+        """See `ServedModel.run`."""
         return [{**self._session.run(tensors), "fingerprint": self._fingerprint} for tensors in batch]
 
 

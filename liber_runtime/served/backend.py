@@ -15,7 +15,7 @@ Tensors: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Outcome: TypeAlias = "dict[str, npt.NDArray[Any]] | LiberError"
 
 
-class Step(Protocol):
+class ServedModel(Protocol):
     """One model of the repository."""
 
     inputs: Sequence[str]
@@ -40,16 +40,16 @@ def version_directory(args: Mapping[str, str]) -> Path:
     return Path(args["model_repository"]) / args["model_version"]
 
 
-def answer(requests: Sequence[Any], step: Step) -> list[Any]:
-    """Runs `step` on what Triton handed to ``execute`` and wraps the outcomes as Triton's responses."""
+def answer(requests: Sequence[Any], model: ServedModel) -> list[Any]:
+    """Runs `model` on what Triton handed to ``execute`` and wraps the outcomes as Triton's responses."""
     import triton_python_backend_utils as triton  # exists inside Triton only
 
     batch = [
-        {name: triton.get_input_tensor_by_name(request, name).as_numpy() for name in step.inputs}
+        {name: triton.get_input_tensor_by_name(request, name).as_numpy() for name in model.inputs}
         for request in requests
     ]
     responses = []
-    for outcome in step.run(batch):
+    for outcome in model.run(batch):
         if isinstance(outcome, LiberError):
             code = (
                 triton.TritonError.INVALID_ARG

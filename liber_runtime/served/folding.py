@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from liber_runtime.bundle import BACKBONE, FUSER
+from liber_runtime.served.backend import Outcome, Tensors
+from liber_runtime.served.session import OnnxSession
 from liber_runtime.settings import load_settings
-from liber_runtime.steps.backend import Outcome, Tensors
-from liber_runtime.steps.session import OnnxSession
 
 
-class AttentionFuserStep:
+class AttentionFuserModel:
     """representations float32[1,U,J,d], partition_mask bool[1,U,J] -> interest float32[1,U,d] (Eq. 5, 6)."""
 
     inputs = ("representations", "partition_mask")
@@ -28,12 +28,12 @@ class AttentionFuserStep:
         self._session = session
 
     @classmethod
-    def load(cls, directory: Path) -> AttentionFuserStep:
+    def load(cls, directory: Path) -> AttentionFuserModel:
         """Reads the bundle's part in `directory`."""
         return cls(OnnxSession(directory / FUSER, load_settings().session_threads))
 
     def run(self, batch: Sequence[Tensors]) -> list[Outcome]:
-        """See `Step.run`."""
+        """See `ServedModel.run`."""
         longest = max(tensors["partition_mask"].shape[2] for tensors in batch)
         merged = {name: np.concatenate([_pad(tensors[name][0], longest) for tensors in batch]) for name in self.inputs}
         interest = self._session.run(merged)["interest"]
@@ -41,7 +41,7 @@ class AttentionFuserStep:
         return [{"interest": part[np.newaxis]} for part in _split(interest, sizes)]
 
 
-class BackboneStep:
+class BackboneModel:
     """The backbone's folded tensors, each with a leading 1 -> click_probability float32[1,N] (Eq. 7)."""
 
     inputs = (
@@ -58,12 +58,12 @@ class BackboneStep:
         self._session = session
 
     @classmethod
-    def load(cls, directory: Path) -> BackboneStep:
+    def load(cls, directory: Path) -> BackboneModel:
         """Reads the bundle's part in `directory`."""
         return cls(OnnxSession(directory / BACKBONE, load_settings().session_threads))
 
     def run(self, batch: Sequence[Tensors]) -> list[Outcome]:
-        """See `Step.run`."""
+        """See `ServedModel.run`."""
         users = [tensors["history_length"].shape[1] for tensors in batch]
         candidates = [tensors["item_index"].shape[1] for tensors in batch]
         merged = {name: np.concatenate([tensors[name][0] for tensors in batch]) for name in self.inputs}

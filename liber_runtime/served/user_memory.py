@@ -13,8 +13,8 @@ import numpy.typing as npt
 from liber_runtime.bundle import VOCABULARY, Manifest
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError, LiberError, StoreError
 from liber_runtime.memory import MemoryStore, UserMemory, open_store
+from liber_runtime.served.backend import Outcome, Tensors
 from liber_runtime.settings import Settings, load_settings
-from liber_runtime.steps.backend import Outcome, Tensors
 from liber_runtime.vocabulary import Vocabulary
 
 
@@ -27,7 +27,7 @@ class FoldedRequest:
     user_index: npt.NDArray[np.int32]
 
 
-class UserMemoryStep:
+class UserMemoryModel:
     """Reads the store once per distinct user of a batch and maps everything to the bundle's indices.
 
     Outputs, per request: ``item_index`` int32[1,N], ``history_item`` and ``history_feedback`` int32[1,U,T],
@@ -46,11 +46,14 @@ class UserMemoryStep:
         self._settings = settings
 
     @classmethod
-    def load(cls, directory: Path) -> UserMemoryStep:
+    def load(cls, directory: Path) -> UserMemoryModel:
         """Reads the bundle's part in `directory` and opens the store that ``LIBER_STORE`` names."""
         settings = load_settings()
         return cls(
-            open_store(settings.store), Vocabulary.load(directory / VOCABULARY), Manifest.load(directory), settings
+            open_store(settings.store, create=False),
+            Vocabulary.load(directory / VOCABULARY),
+            Manifest.load(directory),
+            settings,
         )
 
     def close(self) -> None:
@@ -58,7 +61,7 @@ class UserMemoryStep:
         self._store.close()
 
     def run(self, batch: Sequence[Tensors]) -> list[Outcome]:
-        """See `Step.run`."""
+        """See `ServedModel.run`."""
         checked: list[FoldedRequest | LiberError] = []
         for tensors in batch:
             try:
@@ -127,7 +130,7 @@ def check(tensors: Tensors, settings: Settings) -> FoldedRequest:
         InvalidInputError: no candidates or users, too many, lengths that differ, an index outside the users, an id
             that is not UTF-8.
     """
-    user_id, item_id, user_index = (tensors[name] for name in UserMemoryStep.inputs)
+    user_id, item_id, user_index = (tensors[name] for name in UserMemoryModel.inputs)
     for name, tensor in (("user_id", user_id), ("item_id", item_id), ("user_index", user_index)):
         if tensor.ndim != 2 or tensor.shape[0] != 1:
             raise InvalidInputError(f"{name} has shape {list(tensor.shape)}; send [1, n]")

@@ -20,11 +20,11 @@ from liber_runtime.bundle import BACKBONE, FUSER, PCA, EncoderSpec, Manifest
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.memory import MemoryStore, open_store
 from liber_runtime.representation import Encoded
+from liber_runtime.served.encoding import EncoderModel, ProjectionModel, TokenizerModel
+from liber_runtime.served.folding import AttentionFuserModel, BackboneModel
+from liber_runtime.served.session import OnnxSession
+from liber_runtime.served.user_memory import UserMemoryModel, check
 from liber_runtime.settings import Settings
-from liber_runtime.steps.encoding import EncoderStep, ProjectionStep, TokenizerStep
-from liber_runtime.steps.folding import AttentionFuserStep, BackboneStep
-from liber_runtime.steps.session import OnnxSession
-from liber_runtime.steps.user_memory import UserMemoryStep, check
 from liber_runtime.vocabulary import Field, Vocabulary
 from liber_runtime.worker import Worker
 from liber_runtime.writers.statistical import StatisticalWriter
@@ -97,8 +97,8 @@ async def encoded(store: MemoryStore) -> MemoryStore:
     return store
 
 
-def make_step(store: MemoryStore, **settings: int) -> UserMemoryStep:
-    return UserMemoryStep(store, VOCABULARY, manifest(), Settings(**settings))
+def make_step(store: MemoryStore, **settings: int) -> UserMemoryModel:
+    return UserMemoryModel(store, VOCABULARY, manifest(), Settings(**settings))
 
 
 def test_user_memory_maps_what_the_store_holds(encoded: MemoryStore) -> None:
@@ -135,7 +135,7 @@ def test_a_bad_request_leaves_the_others_of_its_batch_alone(encoded: MemoryStore
 
 
 def test_vectors_of_another_encoder_are_refused(encoded: MemoryStore) -> None:
-    step = UserMemoryStep(encoded, VOCABULARY, manifest("other"), Settings())
+    step = UserMemoryModel(encoded, VOCABULARY, manifest("other"), Settings())
     refused, unaffected = step.run([request([b"long"], [b"i3"], [0]), request([b"short"], [b"i3"], [0])])
     assert isinstance(refused, ConfigurationError)
     assert "user 'long'" in str(refused)
@@ -182,7 +182,7 @@ def test_merged_requests_are_answered_as_if_alone(encoded: MemoryStore, graphs: 
         request([b"short", b"long"], [b"i9"] * 4, [1, 1, 0, 0]),
     ]
     memory = make_step(encoded)
-    fuser, backbone = AttentionFuserStep.load(graphs), BackboneStep.load(graphs)
+    fuser, backbone = AttentionFuserModel.load(graphs), BackboneModel.load(graphs)
 
     def score(requests: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
         tensors = memory.run(requests)
@@ -216,16 +216,16 @@ def texts(*pairs: tuple[str, str]) -> dict[str, np.ndarray]:
 
 
 def embed(exported: Path, *pairs: tuple[str, str]) -> np.ndarray:
-    (tokens,) = TokenizerStep.load(exported).run([texts(*pairs)])
+    (tokens,) = TokenizerModel.load(exported).run([texts(*pairs)])
     assert isinstance(tokens, dict)
-    (embedding,) = EncoderStep.load(exported).run([tokens])
+    (embedding,) = EncoderModel.load(exported).run([tokens])
     assert isinstance(embedding, dict)
     return embedding["text_embedding"]
 
 
 def test_long_texts_are_read_in_chunks_of_at_most_the_encoders_length(exported: Path) -> None:
     long = "level average stars liked " * 100
-    (tokens,) = TokenizerStep.load(exported).run([texts((long, "new"), ("liked", ""))])
+    (tokens,) = TokenizerModel.load(exported).run([texts((long, "new"), ("liked", ""))])
     assert isinstance(tokens, dict)
     spec = EncoderSpec.load(exported)
     assert tokens["input_ids"].shape[1] == spec.max_tokens == 64
@@ -278,7 +278,7 @@ def test_empty_texts_have_an_embedding(exported: Path) -> None:
     ],
 )
 def test_unusable_texts_are_named(exported: Path, tensors: dict[str, np.ndarray], message: str) -> None:
-    (outcome,) = TokenizerStep.load(exported).run([tensors])
+    (outcome,) = TokenizerModel.load(exported).run([tensors])
     assert isinstance(outcome, InvalidInputError)
     assert re.search(message, str(outcome))
 
@@ -288,7 +288,7 @@ def test_projection_is_the_fitted_pca_and_names_it(tmp_path: Path, exported: Pat
     rows = (random.normal(size=(200, 3)) @ random.normal(size=(3, 32)) + 5).astype(np.float32)
     fit_pca(rows, 3, tmp_path / PCA)
     mark = fingerprint(EncoderSpec.load(exported), tmp_path / PCA)
-    (outcome,) = ProjectionStep(OnnxSession(tmp_path / PCA, threads=1), mark).run([{"text_embedding": rows}])
+    (outcome,) = ProjectionModel(OnnxSession(tmp_path / PCA, threads=1), mark).run([{"text_embedding": rows}])
     assert isinstance(outcome, dict)
     projected = outcome["representation"]
     assert outcome["fingerprint"].tolist() == [mark.encode()]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from liber_runtime.exceptions import ConfigurationError
-from liber_runtime.steps.backend import Tensors
+from liber_runtime.served.backend import Tensors
 
 
 class OnnxSession:

@@ -1,5 +1,0 @@
-"""What runs inside Triton: one module per model of `model_repository/`, each callable and tested without Triton.
-
-A step takes the requests that Triton's batcher merged, as dictionaries of arrays, and returns for each request its
-outputs or the error that is its alone.
-"""
