@@ -12,7 +12,10 @@ Locust patches the standard library for gevent when it is imported, so this runs
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
+import os
 import random
 import sys
 import time
@@ -135,6 +138,22 @@ def prepare(environment: Environment, **_: Any) -> None:
         ScoringUser.workload = plan_workload(environment.parsed_options)
     except LiberError as error:
         sys.exit(f"error: {error}")
+
+
+@events.quit.add_listener  # type: ignore[untyped-decorator]
+def leave(exit_code: int, **_: Any) -> None:
+    """Ends the process once locust has written all it has to.
+
+    Python would collect gRPC's channels then, and under gevent that waits now and then for a lock for ever.
+    """
+
+    def end() -> None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+    atexit.register(end)
 
 
 def plan_workload(options: Namespace) -> Workload:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from liber_runtime.behavior import Domain, Item, Text
-from liber_runtime.exceptions import ConfigurationError, InvalidInputError, LiberError
+from liber_runtime.exceptions import ConfigurationError, InvalidInputError, LiberError, ScoringError
 from liber_runtime.interest import Prompt, ShiftPrompt, SummaryPrompt
 from liber_runtime.memory import STEPS, MemoryStore, Representation, Result, Step, Task
 from liber_runtime.metrics import Metrics
@@ -76,7 +76,8 @@ class Worker:
     """Claims steps of `store`, makes what they need, commits it.
 
     A failed step is tried again after `backoff_seconds`, doubled with every attempt, and given up after
-    `max_attempts` claims. While every call fails (the writer is away) no more than `concurrency` steps are tried per
+    `max_attempts` claims. A call of the encoder that reached nobody (gRPC's UNAVAILABLE) does not count: an outage of
+    Triton, however long, costs no step. While every call fails (the writer is away) no more than `concurrency` steps are tried per
     pause, so that an outage does not use up the attempts of the whole queue.
 
     Args:
@@ -151,17 +152,19 @@ class Worker:
         Raises:
             StoreError: the store failed.
             ConfigurationError: partitions wait to be summarised, and the store has no description of the data set.
+            ScoringError: nobody was reached in `max_attempts` rounds; the steps stay pending.
         """
         return await _Session(self, asyncio.Event(), progress).work(forever=False)
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """A call's end: what was made, or why not."""
+    """A call's end: what was made, or why not; `away` if the call reached nobody."""
 
     task: Task
     made: Text | Representation | None = None
     error: str = ""
+    away: bool = False
 
 
 @dataclass(slots=True)
@@ -179,6 +182,7 @@ class _Lane:
     refill_at: int
     jobs: dict[asyncio.Task[list[_Outcome]], Sequence[Task]] = field(default_factory=dict)
     failing: int = 0
+    away: bool = False
     resume_at: float = 0.0
 
     @property
@@ -222,6 +226,8 @@ class _Session:
                 if any(lane.jobs for lane in self._lanes):
                     await self._wait_for_a_job()
                     await self._settle_finished()
+                    if not forever:
+                        self._require_company()
                 elif (pause := self._pause(looked_at, forever)) is not None:
                     await self._wait_for_stop(pause)
                 else:
@@ -232,6 +238,11 @@ class _Session:
             await self._wind_down(patience)
         await self._observe(last=True)
         return self._report()
+
+    def _require_company(self) -> None:
+        """Ends a drain that has waited long enough for the encoder; its steps stay pending."""
+        if any(lane.away and lane.failing >= self._worker.max_attempts for lane in self._lanes):
+            raise ScoringError(self._error, "UNAVAILABLE")
 
     # -- claiming ------------------------------------------------------------------------------------------------
 
@@ -294,6 +305,7 @@ class _Session:
                 made_at=time.time(),
             )
         except Exception as error:
+            # Even a call that seems to have reached nobody may have been paid for, so it counts.
             return [_Outcome(task, error=self._explain(error))]
         self._metrics.written(text)
         return [_Outcome(task, text)]
@@ -305,7 +317,7 @@ class _Session:
             encoded = await asyncio.wait_for(self._call_encoder(encoder, tasks), self._call_seconds)
             vectors = _checked_vectors(encoded.vectors, len(tasks))
         except Exception as error:
-            return [_Outcome(task, error=self._explain(error)) for task in tasks]
+            return [_Outcome(task, error=self._explain(error), away=_is_away(error)) for task in tasks]
         return [
             _Outcome(task, Representation(vector, encoded.fingerprint))
             for task, vector in zip(tasks, vectors, strict=True)
@@ -347,6 +359,7 @@ class _Session:
             lane.failing, lane.resume_at = 0, 0.0
         elif outcomes:
             lane.failing += 1
+            lane.away = all(outcome.away for outcome in outcomes)
             lane.resume_at = time.monotonic() + self._delay(lane.failing)
 
     async def _commit(self, outcomes: Sequence[_Outcome]) -> None:
@@ -365,16 +378,18 @@ class _Session:
 
     async def _give_back(self, outcomes: Iterable[_Outcome]) -> None:
         """Releases failed steps, those of the same fate together."""
-        fates: dict[tuple[str, float | None], list[Task]] = defaultdict(list)
+        fates: dict[tuple[str, float | None, bool], list[Task]] = defaultdict(list)
         for outcome in outcomes:
-            dead = outcome.task.attempts >= self._worker.max_attempts
-            fates[outcome.error, None if dead else self._delay(outcome.task.attempts)].append(outcome.task)
+            dead = outcome.task.attempts >= self._worker.max_attempts and not outcome.away
+            # The lane's own pause is enough while nobody is reached; then the step is for whoever comes first.
+            delay = None if dead else 0.0 if outcome.away else self._delay(outcome.task.attempts)
+            fates[outcome.error, delay, not outcome.away].append(outcome.task)
             self._counts["failed"] += 1
             self._counts["dead"] += dead
             self._metrics.failed(outcome.task.step, dead)
             self._error = outcome.error
-        for (error, delay), tasks in fates.items():
-            await asyncio.to_thread(self._store.release, tasks, error, delay)
+        for (error, delay, attempted), tasks in fates.items():
+            await asyncio.to_thread(self._store.release, tasks, error, delay, attempted=attempted)
             if delay is not None:
                 self._retries.append(time.monotonic() + delay)
 
@@ -483,3 +498,7 @@ def _checked_vectors(vectors: npt.NDArray[np.float32], count: int) -> npt.NDArra
             f"float32[{count}, d] is needed"
         )
     return checked
+
+
+def _is_away(error: Exception) -> bool:
+    return isinstance(error, ScoringError) and error.status == "UNAVAILABLE"

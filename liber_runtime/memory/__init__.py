@@ -208,8 +208,14 @@ class MemoryStore(Protocol):
         """Keeps what was made, once, and makes the steps ready that waited for it."""
         ...
 
-    def release(self, tasks: Sequence[Task], error: str, retry_seconds: float | None) -> None:
-        """Gives claims back: ready again after `retry_seconds`, or dead with `error` when that is None."""
+    def release(
+        self, tasks: Sequence[Task], error: str, retry_seconds: float | None, *, attempted: bool = True
+    ) -> None:
+        """Gives claims back: ready again after `retry_seconds`, or dead with `error` when that is None.
+
+        With `attempted` False the claim does not count as an attempt: what the step needs was away, and says nothing
+        about the step.
+        """
         ...
 
     def reencode(self, fingerprint: str) -> int:

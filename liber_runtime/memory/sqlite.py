@@ -283,15 +283,17 @@ class SQLiteStore:
                     )
         return Committed(kept, len(results) - kept)
 
-    def release(self, tasks: Sequence[Task], error: str, retry_seconds: float | None) -> None:
+    def release(
+        self, tasks: Sequence[Task], error: str, retry_seconds: float | None, *, attempted: bool = True
+    ) -> None:
         """See `MemoryStore.release`."""
         shown = error[:MAX_ERROR_CHARACTERS].encode(errors="replace").decode()
         with self._write() as db:
             due = None if retry_seconds is None else self._clock() + retry_seconds
             db.executemany(
-                "UPDATE steps SET claim = NULL, due = ?, error = ?"
+                "UPDATE steps SET claim = NULL, due = ?, error = ?, attempts = attempts - ?"
                 " WHERE user = (SELECT user FROM users WHERE user_id = ?) AND number = ? AND step = ? AND claim = ?",
-                ((due, shown, task.user_id, task.number, task.step, task.claim) for task in tasks),
+                ((due, shown, not attempted, task.user_id, task.number, task.step, task.claim) for task in tasks),
             )
 
     def reencode(self, fingerprint: str) -> int:

@@ -629,6 +629,18 @@ class MemoryStoreContract:
         (task,) = store.claim(["summary"], 1, 60.0)
         assert task.attempts == 2
 
+    def test_what_was_not_attempted_does_not_count(self, engine: Engine) -> None:
+        store = engine.open(Count(5))
+        store.append(run("ann", 5))
+        for _ in range(3):
+            (task,) = store.claim(["summary"], 1, 60.0)
+            assert task.attempts == 1
+            store.release([task], "nobody there", 0.0, attempted=False)
+        (task,) = store.claim(["summary"], 1, 60.0)
+        store.release([task], "no answer", 0.0)
+        (task,) = store.claim(["summary"], 1, 60.0)
+        assert task.attempts == 2
+
     def test_a_dead_step_is_not_claimed(self, engine: Engine) -> None:
         store = engine.open(Count(5))
         store.append(run("ann", 5))

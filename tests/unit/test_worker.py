@@ -62,8 +62,10 @@ class LengthEncoder:
 
     async def encode(self, texts: Sequence[tuple[str, str]]) -> Encoded:
         self.batches.append(list(texts))
-        if len(self.batches) <= self.fail_first or any(self.poison in summary for summary, _ in texts):
+        if len(self.batches) <= self.fail_first:
             raise ScoringError("liber_encode is away", "UNAVAILABLE")
+        if any(self.poison in summary for summary, _ in texts):
+            raise ScoringError("a text is not UTF-8", "INVALID_ARGUMENT")
         return Encoded(np.array([[len(s), len(c)] for s, c in texts], np.float32), "lengths")
 
 
@@ -344,3 +346,32 @@ async def test_metrics_tell_what_was_done(store: SQLiteStore) -> None:
     assert {name: float(shown[name]) for name in expected} == expected
     with pytest.raises(ConfigurationError, match=f"metrics port {port}"):
         Metrics().serve(port)
+
+
+async def test_an_outage_costs_no_step_however_long(store: SQLiteStore) -> None:
+    store.append(behaviors("ann", 6))
+    await worker(store, EchoWriter(), None).drain()
+    encoder = LengthEncoder(fail_first=20)
+    stop = asyncio.Event()
+
+    def until_made(progress: WorkerProgress) -> None:
+        if progress.report.representations == 2:
+            stop.set()
+
+    hands = worker(store, None, encoder, max_attempts=3, max_backoff_seconds=0.02)
+    report = await asyncio.wait_for(hands.run(stop, until_made), 30)
+    assert report.representations == 2
+    assert report.dead == 0
+    assert report.failed >= 20
+    assert store.statistics().dead["representation"] == 0
+
+
+async def test_a_drain_that_reaches_nobody_ends_and_leaves_its_steps_pending(store: SQLiteStore) -> None:
+    store.append(behaviors("ann", 6))
+    await worker(store, EchoWriter(), None).drain()
+    with pytest.raises(ScoringError, match="liber_encode is away"):
+        await worker(store, None, LengthEncoder(fail_first=10**9), max_attempts=3).drain()
+    assert store.statistics().pending["representation"] == 2
+    assert store.statistics().dead["representation"] == 0
+    report = await worker(store, None, LengthEncoder(), max_attempts=3).drain()
+    assert report.representations == 2
