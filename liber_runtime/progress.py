@@ -43,3 +43,5 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
     with Progress(*columns, console=console) as display:
         task = display.add_task(title, total=total)
         yield lambda done: display.advance(task, done)
+        # A step may be done before its total, as training that stops early is.
+        display.update(task, total=display.tasks[task].completed)

@@ -77,8 +77,8 @@ class Worker:
 
     A failed step is tried again after `backoff_seconds`, doubled with every attempt, and given up after
     `max_attempts` claims. A call of the encoder that reached nobody (gRPC's UNAVAILABLE) does not count: an outage of
-    Triton, however long, costs no step. While every call fails (the writer is away) no more than `concurrency` steps are tried per
-    pause, so that an outage does not use up the attempts of the whole queue.
+    Triton, however long, costs no step. While every call fails (the writer is away) no more than `concurrency` steps
+    are tried per pause, so that an outage does not use up the attempts of the whole queue.
 
     Args:
         store: where steps come from and go to.
