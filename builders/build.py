@@ -111,7 +111,7 @@ def remember(store: MemoryStore, dataset: Dataset, behaviors: Sequence[Behavior]
 def write_texts(store: MemoryStore, writer: Writer) -> None:
     """Has every pending summary and shift written (Eq. 2, 3)."""
     with progress("write summaries and shifts", None) as advance:
-        _drain(Worker(store, writer, None, concurrency=STEPS_PER_TRANSACTION), advance)
+        asyncio.run(drain(Worker(store, writer, None, concurrency=STEPS_PER_TRANSACTION), advance))
 
 
 def fit_representations(
@@ -151,7 +151,7 @@ def fit_representations(
         store.reencode(fingerprint)
         with progress("project and keep vectors", None) as advance:
             encoder = CachedEncoder(cache, directory / PCA, fingerprint)
-            _drain(Worker(store, None, encoder, encode_batch=STEPS_PER_TRANSACTION), advance)
+            asyncio.run(drain(Worker(store, None, encoder, encode_batch=STEPS_PER_TRANSACTION), advance))
     finally:
         cache.close()
     writers = tuple(sorted({writer for each in texts.values() for writer in each.writers}))
@@ -313,20 +313,30 @@ def _make_backbone(vocabulary: Fit, settings: BuildSettings, interest_size: int)
     )
 
 
-def _drain(worker: Worker, advance: Advance) -> None:
-    done = 0
+async def drain(worker: Worker, advance: Advance | None = None) -> None:
+    """Has a worker make everything that is pending.
+
+    Args:
+        worker: any.
+        advance: told of the steps made as they come.
+
+    Raises:
+        ConfigurationError: steps were given up: what a bundle is built from, or scored with, would lack them.
+    """
+    done, error = 0, ""
 
     def report(progressed: WorkerProgress) -> None:
-        nonlocal done
+        nonlocal done, error
         now = progressed.report.summaries + progressed.report.shifts + progressed.report.representations
-        advance(now - done)
-        done = now
+        if advance is not None:
+            advance(now - done)
+        done, error = now, progressed.error
 
-    worked = asyncio.run(worker.drain(report))
+    worked = await worker.drain(report)
     if worked.dead:
         raise ConfigurationError(
-            f"{worked.dead} steps were given up after repeated failures; see `liber worker`'s log, mend the cause and "
-            "run it again"
+            f"{worked.dead} steps were given up after repeated failures ({error}); mend the cause and build with a new "
+            "store"
         )
 
 

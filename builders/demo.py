@@ -31,6 +31,7 @@ from bench.inference_latency import measure
 from builders.build import (
     BuildSettings,
     Knowledge,
+    drain,
     export_bundle,
     fit_representations,
     make_base,
@@ -241,7 +242,7 @@ async def _live(
     worker = Worker(store, StatisticalWriter(), encoder)
     is_test = set(tested)
     try:
-        await worker.drain()
+        await drain(worker)
         with (
             progress("serve and learn", len(dataset.behaviors) - tested[0]) as advance,
             journal.open("a", newline="") as file,
@@ -255,7 +256,7 @@ async def _live(
                     notes.writerow([row, repr(answers[row])])
                     file.flush()
                 if store.append([behavior]).partitions:
-                    await worker.drain()
+                    await drain(worker)
                 advance(1)
     finally:
         await client.close()

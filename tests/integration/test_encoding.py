@@ -7,13 +7,20 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
+import pytest
 from conftest import Built
 
+from builders.build import drain
 from builders.embedding import EmbeddingCache
 from builders.pca import fit_pca
 from builders.replay import replay, split
+from liber_runtime.behavior import Behavior
 from liber_runtime.bundle import PCA, EncoderSpec
-from liber_runtime.memory import MemoryStore
+from liber_runtime.exceptions import ConfigurationError, InvalidInputError
+from liber_runtime.interest import Prompt
+from liber_runtime.memory import MemoryStore, open_store
+from liber_runtime.worker import Worker
+from liber_runtime.writers import Completion
 
 
 def components(path: Path) -> npt.NDArray[np.float32]:
@@ -40,3 +47,19 @@ def test_the_pca_is_fitted_on_the_training_partitions_alone(built: Built, store:
     served = components(built.bundle / PCA)
     np.testing.assert_allclose(served, components(tmp_path / "training.onnx"), atol=1e-3 * np.abs(served).max())
     assert np.abs(served - components(tmp_path / "all.onnx")).max() > 1e-2 * np.abs(served).max()
+
+
+class RefusingWriter:
+    name = "refusing"
+
+    async def write(self, prompt: Prompt) -> Completion:
+        raise InvalidInputError("this writer refuses everything")
+
+
+async def test_a_build_does_not_go_on_without_what_was_given_up(built: Built, tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'memory.db'}")
+    store.put_items(built.dataset.domain, [])
+    store.append([Behavior("u", "i", 3.0, float(second)) for second in range(20)])
+    with pytest.raises(ConfigurationError, match=r"^1 steps were given up .*\(this writer refuses everything\)"):
+        await drain(Worker(store, RefusingWriter(), None, max_attempts=1))
+    store.close()
