@@ -1,13 +1,15 @@
 """User memory: the short-term cache and the long-term partitions with their knowledge (paper, section 3.2).
 
-`MemoryStore` is the one contract; every engine passes the same suite (`tests/contract`). The promises:
+`MemoryStore` is the one contract; every engine passes the same suite (`tests/contract`). It is `WorkQueue` (what is
+still to be made) and what is held. The promises:
 
 1. An acknowledged behavior is never lost to a killed process, and never counted twice (event id).
-2. Behaviors of one user keep their arrival order; a partition, once cut, never changes.
+2. Behaviors of one user keep their arrival order; a partition, once cut, never changes but by `forget`.
 3. Each partition's knowledge is committed exactly once; a crash can repeat a writer's call, never its effect.
 4. Summaries are independent of each other; the shift of partition j waits for the summaries j-1 and j.
 5. Reading never waits for a writer, a worker or a rebuild.
 6. `forget` leaves nothing behind, and a late worker cannot bring it back.
+7. Vectors of two encodings lie side by side: a reader asks for its own and never sees the other.
 """
 
 from __future__ import annotations
@@ -40,6 +42,19 @@ class Appended:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """How far into a log an append has come; kept with the behaviors, so that a log can be resumed.
+
+    Attributes:
+        source: identifies the log, e.g. by name and content.
+        position: what the reader of the log goes on from (lines, bytes, a part's number); never goes back.
+    """
+
+    source: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One step of one partition, claimed by one worker, with all that the step reads.
 
@@ -47,10 +62,11 @@ class Task:
         user_id: whose partition.
         number: which partition, from 1.
         step: what to make.
-        claim: proves that the claim is still held; `commit` and `release` take nothing without it.
+        claim: proves that the claim is still held; `commit` and `renew` take nothing without it.
         attempts: how often the step was claimed, this time included. Above 1 a call may have been repeated.
         profile: the user's profile (for a summary).
         behaviors: the partition's behaviors (for a summary).
+        fingerprint: of the encoding that a representation is wanted of; empty if any will do.
         previous: the summary of partition number-1 (for a shift).
         summary: this partition's summary (for a shift or a representation).
         shift: this partition's shift (for a representation; empty for the first partition).
@@ -61,6 +77,7 @@ class Task:
     step: Step
     claim: str
     attempts: int
+    fingerprint: str = ""
     profile: Attributes = field(default_factory=dict)
     behaviors: tuple[Behavior, ...] = ()
     previous: str = ""
@@ -77,19 +94,47 @@ class Representation:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a task was not made, and what becomes of its step.
+
+    Attributes:
+        error: one line, for whoever looks after the dead.
+        retry_seconds: the step is ready again after so long; None gives it up: it is dead until `revive`.
+        attempted: False if the claim shall not count as an attempt: what the step needs was away, which says nothing
+            about the step.
+    """
+
+    error: str
+    retry_seconds: float | None
+    attempted: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
-    """What a worker made of a task: a `Text` for a summary or a shift, a `Representation` for a representation."""
+    """A task's end: a `Text` for a summary or a shift, a `Representation` for a representation, or a `Failure`."""
 
     task: Task
-    made: Text | Representation
+    made: Text | Representation | Failure
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What `MemoryStore.commit` did: results kept, and results whose claim was lost (expired or forgotten user)."""
+    """What `WorkQueue.commit` did: results taken, and results whose claim was lost (expired, or a forgotten user)."""
 
     kept: int
     discarded: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadStep:
+    """A step given up after repeated failures, with the newest of their reasons."""
+
+    user_id: str
+    number: int
+    step: Step
+    attempts: int
+    error: str
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,25 +144,36 @@ class UserMemory:
     Attributes:
         profile: what is known of the user.
         history: the newest behaviors as (item id, feedback), oldest first; cache and partitions alike.
-        representations: float32[J, d], the newest partitions' vectors in order; [0, 0] if there are none.
-        fingerprints: of those vectors; more than one while a rebuild is under way.
+        representations: float32[J, d], the newest partitions' vectors of the encoding asked for, in order; [0, 0] if
+            there are none.
+        foreign: fingerprints of the user's vectors if none of them is of the encoding asked for and the store is not
+            to make such ones (`WorkQueue.encode_by`): whoever asked reads the wrong store. Empty otherwise.
     """
 
     profile: Attributes
     history: tuple[tuple[str, float], ...]
     representations: npt.NDArray[np.float32]
-    fingerprints: frozenset[str]
+    foreign: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class PartitionRecord:
-    """A partition with its knowledge, as `MemoryStore.timeline` shows it; what is not made yet is None."""
+    """A partition with its knowledge, as `MemoryStore.timeline` shows it.
+
+    Attributes:
+        number: from 1.
+        behaviors: what the summary is made from; with the behaviors before, what the shift is made from. Empty if
+            all of them were erased: the number stays.
+        summary: None until it is made.
+        shift: None until it is made; stays None for a first partition and after one whose behaviors were all erased.
+        representations: of each encoding, by fingerprint.
+    """
 
     number: int
     behaviors: tuple[Behavior, ...]
     summary: Text | None
     shift: Text | None
-    representation: Representation | None
+    representations: Mapping[str, Representation]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +206,8 @@ class Statistics:
         pending: steps waiting or claimed, by step.
         dead: steps given up after repeated failures, by step.
         repeated: claims beyond a step's first: the writer calls that may have been repeated.
+        vectors: representations kept, by fingerprint.
+        encodings: fingerprints that `WorkQueue.encode_by` asked for.
     """
 
     users: int
@@ -159,9 +217,83 @@ class Statistics:
     pending: Mapping[Step, int]
     dead: Mapping[Step, int]
     repeated: int
+    vectors: Mapping[str, int]
+    encodings: frozenset[str]
 
 
-class MemoryStore(Protocol):
+class WorkQueue(Protocol):
+    """What partitions still need.
+
+    A step is ready when its inputs are there and final:
+
+    - a summary when its partition is cut;
+    - a shift when the summaries of its partition and of the one before are there and neither is about to be replaced;
+    - a representation when the partition's texts are there and neither is about to be replaced.
+
+    A partition needs a shift unless it is the first, or the one before it holds no behaviors any more.
+    """
+
+    def claim(self, steps: Collection[Step], limit: int, lease_seconds: float, fingerprint: str = "") -> list[Task]:
+        """Takes up to `limit` ready steps for `lease_seconds`; an expired claim can be taken by anyone.
+
+        Steps that became ready long ago come before newer ones as far as the engine can tell; none starves.
+
+        Args:
+            steps: which kinds.
+            limit: most steps.
+            lease_seconds: how long the claim is held unless it is renewed.
+            fingerprint: of the caller's encoder. Representations wanted of another encoding are left to others.
+        """
+        ...
+
+    def renew(self, tasks: Sequence[Task], lease_seconds: float) -> list[Task]:
+        """Holds claims for another `lease_seconds` from now; returns the tasks whose claim is lost."""
+        ...
+
+    def commit(self, results: Sequence[Result]) -> Committed:
+        """Takes what was made, once, and makes the steps ready that waited for it; gives back what failed.
+
+        A text or vector takes the place of an older one. What was made from an older text becomes a step again.
+
+        Raises:
+            InvalidInputError: a result of another kind than its task, a vector that is not finite float32[d], or one of
+                another encoding than the task wants. Nothing is kept then.
+        """
+        ...
+
+    def dead(self, limit: int = 1000) -> list[DeadStep]:
+        """At most `limit` steps that were given up."""
+        ...
+
+    def revive(self) -> int:
+        """Makes all dead steps ready again, with all their attempts ahead; returns how many."""
+        ...
+
+    def rewrite(self, *, writer: str = "", prompt_version: str = "", user_ids: Collection[str] | None = None) -> int:
+        """Makes texts again, for a better prompt or writer; returns how many are queued now.
+
+        The old text is served until the new one is committed. A new summary brings its shift and the next one with it,
+        a new text its vectors; those are not counted.
+
+        Args:
+            writer: only texts by this writer; empty for any.
+            prompt_version: only texts by this prompt; empty for any.
+            user_ids: only these users'; None for all.
+        """
+        ...
+
+    def encode_by(self, fingerprints: Collection[str]) -> int:
+        """From now on every partition gets a vector of each of these encodings; returns how many are to be made now.
+
+        Pending representations of other encodings are dropped. Vectors of encodings wanted neither now nor before this
+        call are deleted: so a switch from A to B is ``encode_by({A, B})``, and when B is complete and served
+        ``encode_by({B})``, after which A can still be read until the next change. No text is touched, no writer called.
+        Before the first call any encoding will do.
+        """
+        ...
+
+
+class MemoryStore(WorkQueue, Protocol):
     """Where behaviors, partitions and knowledge live. Safe to share between threads and between processes.
 
     Every method raises `StoreError` when the engine fails; nothing is then half-written.
@@ -169,7 +301,7 @@ class MemoryStore(Protocol):
 
     @property
     def domain(self) -> Domain | None:
-        """The description of the data set held, None before `put_items` was first called."""
+        """The description of the data set held, None before `describe` was first given one."""
         ...
 
     @property
@@ -177,74 +309,67 @@ class MemoryStore(Protocol):
         """When the cache is cut: chosen when the store is made, the same for every process."""
         ...
 
-    def append(self, behaviors: Sequence[Behavior]) -> Appended:
-        """Keeps behaviors, in order, and cuts partitions (Algorithm 1, lines 2-7), durably, all or none.
-
-        A behavior whose event id the user already has is a duplicate and changes nothing.
-        """
-        ...
-
-    def put_items(self, domain: Domain, items: Iterable[Item]) -> None:
-        """Sets the data set's description and adds or replaces items."""
-        ...
-
-    def put_profiles(self, profiles: Mapping[str, Attributes]) -> None:
-        """Adds or replaces users' profiles."""
+    def describe(
+        self,
+        domain: Domain | None = None,
+        items: Iterable[Item] = (),
+        profiles: Mapping[str, Attributes] | None = None,
+    ) -> None:
+        """Sets the data set's description, adds or replaces items and users' profiles."""
         ...
 
     def items(self, item_ids: Collection[str]) -> dict[str, Item]:
         """The items among `item_ids` that are known."""
         ...
 
-    def claim(self, steps: Collection[Step], limit: int, lease_seconds: float) -> list[Task]:
-        """Takes up to `limit` ready steps for `lease_seconds`; an expired claim can be taken by anyone.
+    def append(self, behaviors: Sequence[Behavior], mark: Mark | None = None) -> Appended:
+        """Keeps behaviors, in order, and cuts partitions (Algorithm 1, lines 2-7), durably.
 
-        A summary is ready when its partition is cut, a shift when both summaries are there, a representation when
-        the texts are.
+        A behavior whose event id the user already has, or had when it was erased, is a duplicate and changes nothing.
+        All or none of one user's behaviors are kept; of several users', an engine of many files or machines that fails
+        in the middle may have kept some users' and not others'. The call then raises, and repeating it is safe.
+
+        Args:
+            behaviors: any number, of any users.
+            mark: kept once all behaviors are.
+
+        Raises:
+            InvalidInputError: a timestamp more than a day ahead of the clock. Nothing is kept then.
         """
         ...
 
-    def commit(self, results: Sequence[Result]) -> Committed:
-        """Keeps what was made, once, and makes the steps ready that waited for it."""
+    def position(self, source: str) -> int:
+        """The position last marked for a source; 0 if none was."""
         ...
 
-    def release(
-        self, tasks: Sequence[Task], error: str, retry_seconds: float | None, *, attempted: bool = True
-    ) -> None:
-        """Gives claims back: ready again after `retry_seconds`, or dead with `error` when that is None.
-
-        With `attempted` False the claim does not count as an attempt: what the step needs was away, and says nothing
-        about the step.
-        """
-        ...
-
-    def reencode(self, fingerprint: str) -> int:
-        """Makes the representation step ready again for every vector with another fingerprint; returns how many.
-
-        The old vector is kept until the new one is committed. Texts are not touched and no writer is called.
-        """
-        ...
-
-    def read(self, user_ids: Sequence[str], history: int, partitions: int) -> list[UserMemory | None]:
+    def read(self, user_ids: Sequence[str], history: int, partitions: int, fingerprint: str) -> list[UserMemory | None]:
         """What scoring needs, in the order of `user_ids`; None for a user of whom nothing is held.
 
         Args:
             user_ids: any number, repeats allowed.
             history: at most this many newest behaviors each.
             partitions: at most this many newest representations each.
+            fingerprint: of the encoding whose vectors are wanted; vectors that were made without one being wanted
+                (before `encode_by`) carry their maker's.
         """
         ...
 
     def users(self) -> list[str]:
-        """Ids of all users with behaviors or a profile, in the order they first came."""
+        """Ids of all users with behaviors or a profile."""
         ...
 
     def timeline(self, user_id: str) -> Timeline | None:
         """All that is held of a user; None if nothing is."""
         ...
 
-    def forget(self, user_id: str) -> Forgotten:
-        """Removes all that is held of a user, pending steps included; a claim held on it commits nothing."""
+    def forget(self, user_id: str, event_id: str | None = None) -> Forgotten:
+        """Removes all that is held of a user, or one behavior with all that was made from it.
+
+        Of a user nothing stays, pending steps included, and a claim held on it commits nothing. Of a single behavior of
+        partition j, summary j, shift j, shift j+1 and the vectors j and j+1 are deleted at once and queued to be made
+        from what remains; what stays is a digest of the event id, so that a log that is read again does not bring it
+        back.
+        """
         ...
 
     def statistics(self) -> Statistics:

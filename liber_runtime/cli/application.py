@@ -1,0 +1,65 @@
+"""The application all commands belong to, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from liber_runtime.exceptions import ConfigurationError
+from liber_runtime.memory import MemoryStore, open_store
+from liber_runtime.partition import parse_condition
+from liber_runtime.settings import load_settings
+
+application = typer.Typer(
+    name="liber",
+    help="Lifelong user interest, written by an LLM or the statistical writer, served on Triton.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+output = Console(markup=False, emoji=False, highlight=False)
+
+StoreOption = Annotated[
+    str | None, typer.Option("--store", help="Memory store, e.g. sqlite:///runs/memory.db. (env var: LIBER_STORE)")
+]
+TritonOption = Annotated[
+    str | None, typer.Option("--triton", help="host:port of Triton's gRPC endpoint. (env var: LIBER_TRITON)")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        envvar="LIBER_DATA",
+        help="MovieLens-100K's directory, a directory with behaviors.* and items.*, or a behaviors file. "
+        "Without it: the generated sample.",
+    ),
+]
+
+
+@contextmanager
+def needs_builders() -> Iterator[None]:
+    """Says how to get the packages that building needs where they are missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"this command needs {error.name}, which is not installed; run it in a checkout of LIBER after: "
+            "pip install -e '.[build,serve]'"
+        ) from None
+
+
+@contextmanager
+def opened(url: str | None, condition: str | None = None, create: bool = False) -> Iterator[MemoryStore]:
+    """The store at `url`, or that of the settings, closed afterwards."""
+    wanted = parse_condition(condition) if condition else None
+    memory = open_store(url or load_settings().store, wanted, create=create)
+    try:
+        yield memory
+    finally:
+        memory.close()
