@@ -14,10 +14,10 @@ from liber_runtime.behavior import Behavior, Domain
 from liber_runtime.memory import PartitionRecord
 from liber_runtime.timeline import UserView
 
-MOST_PERIODS = 14
+MOST_PERIODS = 12
 """Columns of a trace; of a longer memory, consecutive partitions share one."""
 
-MOST_GROUPS = 9
+MOST_GROUPS = 12
 """Rows of a trace."""
 
 MOVED_SHARE = 0.1

@@ -135,7 +135,7 @@ def _partition(view: UserView, record: PartitionRecord, bounds: Bounds) -> Itera
     for text in (record.summary, record.shift):
         if text is not None:
             yield Styled.assemble((text.kind, "bold green"), (f"  {tell_origin(view, record, text)}", "dim"))
-            yield from (Padding(Styled(line), (0, 0, 0, 2)) for line in visible_lines(text.text))
+            yield from (Padding(Styled(line), (0, 0, 0, 2), expand=False) for line in visible_lines(text.text))
     if record.representations:
         yield Styled.assemble(("vector", "bold green"), (f"  {tell_vectors(record.representations)}", "dim"))
     steps = view.open_steps(record)
@@ -154,7 +154,7 @@ def _behaviors(view: UserView, behaviors: Sequence[Behavior], bounds: Bounds) ->
     if len(shown) < len(behaviors):
         yield Styled(f"  {amount(len(behaviors) - len(shown), 'older behavior')}; --all lists them", style="dim")
     if shown:
-        yield Padding(_grid(view, shown), (0, 0, 0, 2))
+        yield Padding(_grid(view, shown), (0, 0, 0, 2), expand=False)
 
 
 def _grid(view: UserView, behaviors: Iterable[Behavior]) -> Table:
