@@ -139,7 +139,7 @@ def _known(memory: MemoryStore, user_ids: Sequence[str]) -> list[str]:
 
 def _tell_plan(plan: Plan) -> None:
     lines = [
-        f"{amount(plan.texts, 'text')} of {amount(plan.users, 'user')} would be written again",
+        f"{amount(plan.texts, 'text')} of {amount(plan.users, 'user')} would be queued to be written again",
         f"with the shifts that follow from new summaries: {amount(plan.calls, 'writer call')}, "
         f"then {amount(plan.vectors, 'vector')}",
     ]

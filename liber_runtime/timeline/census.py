@@ -74,8 +74,8 @@ class Plan:
 
     Attributes:
         users: with at least one selected text.
-        texts: selected.
-        calls: of the writer: the selected texts, and the shifts that follow from their summaries.
+        texts: that are queued: the selected summaries, and the selected shifts that do not follow from one of them.
+        calls: of the writer: these texts, and all shifts that follow from the summaries.
         vectors: that follow from those texts, for each encoding once.
         prompt_tokens: that the texts of these calls took when they were made, as far as they were counted.
         response_tokens: likewise.
@@ -94,7 +94,7 @@ class Plan:
 
 
 def plan_rewrite(timelines: Iterable[Timeline], *, writer: str = "", prompt_version: str = "") -> Plan:
-    """Counts what `WorkQueue.rewrite` of the same selection would queue, and what follows from it.
+    """Counts what `WorkQueue.rewrite` of the same selection would queue if nothing was pending, and what follows.
 
     Args:
         timelines: of the selected users.
@@ -121,7 +121,7 @@ def plan_rewrite(timelines: Iterable[Timeline], *, writer: str = "", prompt_vers
         called = selected | (following & texts.keys())
         changed = {number for number, _ in called}
         plan.users += bool(selected)
-        plan.texts += len(selected)
+        plan.texts += len(selected - following)
         plan.calls += len(called)
         plan.vectors += sum(len(each.representations) for each in timeline.partitions if each.number in changed)
         for key in called:

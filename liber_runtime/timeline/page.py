@@ -6,6 +6,7 @@ What comes from outside is escaped by the template, its control characters are m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -55,18 +56,10 @@ def render_user(view: UserView, bounds: Bounds = PAGE_BOUNDS) -> Iterator[str]:
         view: what is held.
         bounds: how much is listed. The figure is always over all partitions.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("liber_runtime", "timeline"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(visible=visible, lines=visible_lines, day=day, moment=moment, amount=amount)
     trace = trace_interests(view)
     records = view.timeline.partitions
     shown = records if bounds.partitions is None else records[max(len(records) - bounds.partitions, 0) :]
-    stream = environment.get_template(_TEMPLATE).stream(
+    stream = _template().stream(
         view=view,
         timeline=view.timeline,
         behaviors=view.behaviors_of(record.number for record in records) + len(view.timeline.cache),
@@ -80,6 +73,19 @@ def render_user(view: UserView, bounds: Bounds = PAGE_BOUNDS) -> Iterator[str]:
     )
     stream.enable_buffering(256)
     return iter(stream)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("liber_runtime", "timeline"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(visible=visible, lines=visible_lines, day=day, moment=moment, amount=amount)
+    return environment.get_template(_TEMPLATE)
 
 
 def _draw(view: UserView, trace: InterestTrace) -> _Drawing:
