@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -71,8 +72,9 @@ class Command:
     captured: pytest.CaptureFixture[str]
     patch: pytest.MonkeyPatch
 
-    def run(self, *arguments: object) -> tuple[int, str, str]:
+    def run(self, *arguments: object, given: str = "") -> tuple[int, str, str]:
         self.captured.readouterr()
+        self.patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
         self.patch.setattr(sys, "argv", ["liber", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -274,10 +276,15 @@ class TestForget:
     def test_nobody_is_erased_unasked(self, liber: Command) -> None:
         held = liber.done("export", "u1")
         for arguments in (("u1",), ("u1", "--event", "u1-e3")):
-            status, out, _ = liber.run("forget", *arguments)
-            assert status == 1
-            assert out.startswith("Erase ")
+            for answer in ("n\n", "\n", ""):
+                status, out, _ = liber.run("forget", *arguments, given=answer)
+                assert status == 1
+                assert out.startswith("Erase ")
         assert liber.done("export", "u1") == held
+        status, out, _ = liber.run("forget", "u1", "--event", "u1-e3", given="y\n")
+        assert status == 0
+        assert "Film m3 of 2020-09-13 15:26, in partition 1? [y/N]: " in out
+        assert liber.done("export", "u1") != held
 
     def test_one_behavior(self, liber: Command) -> None:
         lines = liber.done("forget", "u1", "--event", "u1-e23", "--yes").splitlines()
@@ -351,11 +358,13 @@ class TestRewrite:
         assert writers == {"better"}
 
     def test_users_of_a_file(self, liber: Command) -> None:
-        (liber.directory / "users.txt").write_text("\ufeffu2\r\nnobody\n\nu2\n", "utf-8")
-        status, out, error = liber.run("rewrite", "--users-file", "users.txt")
-        assert status == 0
-        assert out.startswith("1 text queued")
-        assert error == "nothing is held of 1 of the 2 users named, e.g. 'nobody'\n"
+        named = "\ufeffu2\r\nnobody\n\nu2\n"
+        (liber.directory / "users.txt").write_text(named, "utf-8")
+        for path, given in (("users.txt", ""), ("-", named)):
+            status, out, error = liber.run("rewrite", "--users-file", path, given=given)
+            assert status == 0
+            assert out.startswith("1 text queued")
+            assert error == "nothing is held of 1 of the 2 users named, e.g. 'nobody'\n"
 
     @pytest.mark.parametrize(
         ("content", "reason"),
