@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from typing import Annotated, NoReturn
@@ -20,6 +21,10 @@ __all__ = ["application", "build", "ingest", "inspection", "main", "memory", "se
 
 def main() -> None:
     """Runs the command; an error of LIBER's own is one line on standard error and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        # Titles may hold what a terminal's encoding has no bytes for; that is no reason to end.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # As Ctrl-C does, SIGTERM unwinds the stack, so that servers are stopped and files closed on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

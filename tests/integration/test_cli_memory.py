@@ -209,6 +209,18 @@ class TestInspect:
     def test_what_does_not_go_together(self, liber: Command, arguments: tuple[str, ...], reason: str) -> None:
         assert liber.refused("inspect", *arguments) == reason
 
+    def test_a_terminal_that_knows_ascii_alone(self, liber: Command) -> None:
+        store = liber.store()
+        store.describe(DOMAIN, [Item("m64", "千と千尋")])
+        store.close()
+        ended = subprocess.run(
+            [sys.executable, "-m", "liber_runtime.cli", "inspect", "u1"],
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert rb"\u5343\u3068\u5343\u5c0b" in ended.stdout
+
 
 class TestExport:
     def test_everything_is_in_it(self, liber: Command) -> None:
