@@ -25,13 +25,13 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
 from liber_runtime.behavior import Attributes, AttributeValue, Behavior, Item
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
-from liber_runtime.memory.arrival import check_arrival
+from liber_runtime.memory.checks import check_arrival
 
 STANDARD_INPUT = "-"
 BEHAVIOR_KEYS = ("user", "item", "timestamp", "feedback")
@@ -174,15 +174,23 @@ def read_profiles(path: str | Path) -> dict[str, Attributes]:
     return profiles
 
 
-def parquet_rows(path: str | Path) -> int:
-    """Rows of a Parquet file, from its footer.
+def is_parquet(path: str | Path) -> bool:
+    """Whether a log is Parquet, by its name."""
+    return Path(path).suffix == ".parquet"
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of a text file, rows of a Parquet file: what `Place.offset` comes to at its end.
 
     Raises:
-        InvalidInputError: it is no Parquet file.
-        ConfigurationError: the ``parquet`` extra is missing.
+        InvalidInputError: it is not there, or said to be Parquet and is not.
+        ConfigurationError: Parquet without the ``parquet`` extra.
     """
-    with _parquet(Path(path)) as (polars, table):
-        return int(table.select(polars.len()).collect().item())
+    if is_parquet(path):
+        with _parquet(Path(path)) as (polars, table):
+            return int(table.select(polars.len()).collect().item())
+    _require_file(Path(path))
+    return Path(path).stat().st_size
 
 
 def parse_timestamp(value: object) -> float:
@@ -351,7 +359,7 @@ def _records(path: str | Path, required: tuple[str, ...], reached: _Reached | No
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise InvalidInputError(f"{path} has an unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
-    if path.suffix == ".parquet":
+    if is_parquet(path):
         yield from _parquet_records(path, required, reached)
         return
     _require_file(path)

@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +26,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from liber_runtime.behavior import Behavior
-from liber_runtime.behavior_log import STANDARD_INPUT, BehaviorLog, Place
+from liber_runtime.behavior_log import STANDARD_INPUT, START, BehaviorLog, Place, is_parquet, size_of
 from liber_runtime.exceptions import ConfigurationError, IngestError, InvalidInputError
 from liber_runtime.ingest import Batch, append_batches
 from liber_runtime.ingest.log import LogFile, Prefix, digest_of, going_on
 from liber_runtime.memory import Appended, Mark, MemoryStore
 
-TellSpilled: TypeAlias = Callable[[int, int], None]
-"""Called with the number of behaviors spilled so far, and how far the log at hand has been read."""
+TellSpilled: TypeAlias = Callable[[int, int, int], None]
+"""Called with the behaviors spilled so far, how far the logs are read (bytes; rows of Parquet), and how large they are.
+"""
+
+TellAppended: TypeAlias = Callable[[Appended, int, int], None]
+"""Called with what was appended so far, how many of the behaviors that were spilled are done, and how many there are.
+"""
 
 _MANIFEST = "manifest.json"
 _LOCK = "lock"
@@ -49,7 +55,7 @@ class BulkLimits:
         parts: most parts, each of which is an open file while spilling.
         chunk_bytes: of a part that are grouped by user at once.
         buffered: behaviors in memory while spilling.
-        checkpoint: behaviors after which the spill is made durable.
+        flushes: how often the buffer is written before the spill is made durable.
         batch: behaviors in one append.
     """
 
@@ -57,7 +63,7 @@ class BulkLimits:
     parts: int = 256
     chunk_bytes: int = 64 << 20
     buffered: int = 100_000
-    checkpoint: int = 1_000_000
+    flushes: int = 10
     batch: int = 20_000
 
 
@@ -122,20 +128,22 @@ class Backfill:
         limits: BulkLimits | None = None,
     ) -> None:
         if any(str(path) == STANDARD_INPUT for path in paths):
-            raise InvalidInputError("standard input cannot be read twice, which a bulk run that was cut short needs; "
-                                    "write it to a file, or leave --bulk out")  # fmt: skip
+            raise InvalidInputError(
+                "standard input cannot be read twice, as a bulk run that was cut short must; write it to a file, or "
+                "leave --bulk out"
+            )
         self._store = store
         self._paths = [str(Path(path).absolute()) for path in paths]
         self._work = work
         self._limits = limits or BulkLimits()
         self._store_digest = hashlib.blake2b(store_url.encode(), digest_size=16).hexdigest()
 
-    def run(self, spilled: TellSpilled | None = None, appended: Callable[[Appended, int], None] | None = None) -> Appended:
+    def run(self, spilled: TellSpilled | None = None, appended: TellAppended | None = None) -> Appended:
         """Spills what is not spilled yet, appends what is not appended yet, and removes the work directory.
 
         Args:
             spilled: told how the first stage gets on.
-            appended: told after each batch what was appended by this call, and how many behaviors of all are done.
+            appended: told how the second stage gets on, after each batch.
 
         Returns:
             What this call appended.
@@ -149,55 +157,56 @@ class Backfill:
             manifest = self._load()
             if not manifest.complete:
                 self._spill(manifest, spilled)
-            total = append_batches(self._store, self._batches(manifest), appended)
+            count = sum(manifest.counts)
+            tell = None if appended is None else lambda total, done: appended(total, done, count)
+            total = append_batches(self._store, self._batches(manifest), tell)
             self._mark_logs(manifest)
             self._remove(manifest)
+            (self._work / _LOCK).unlink()
+            with contextlib.suppress(OSError):  # someone put a file there
+                self._work.rmdir()
         return total
-
-    def total(self) -> int | None:
-        """Behaviors that are spilled, once all are; None before."""
-        manifest = self._read()
-        return sum(manifest.counts) if manifest is not None and manifest.complete else None
 
     # -- the first stage: logs into parts ------------------------------------------------------------------------
 
     def _spill(self, manifest: _Manifest, tell: TellSpilled | None) -> None:
-        parts = _Parts(self._work, manifest)
-        try:
+        size = sum(size_of(entry.path) for entry in manifest.logs)
+        with contextlib.closing(_Parts(self._work, manifest)) as parts:
+            before = 0
             for entry in manifest.logs:
                 log = BehaviorLog(entry.path, Place(entry.offset, entry.line))
-                prefix = Prefix(entry.path)
-                prefix.extend(0 if _is_parquet(entry.path) else entry.offset)
                 try:
-                    for count, behavior in enumerate(log, start=1):
-                        parts.add(behavior)
-                        if count % self._limits.buffered == 0:
-                            parts.flush()
-                            if count % self._limits.checkpoint == 0:
-                                self._checkpoint(manifest, parts, entry, log, prefix)
-                            if tell is not None:
-                                tell(parts.behaviors, log.offset)
+                    for flush, _ in enumerate(self._flushed(log, parts), start=1):
+                        if flush % self._limits.flushes == 0:
+                            self._checkpoint(manifest, parts, entry, log)
+                        if tell is not None:
+                            tell(parts.behaviors, before + log.offset, size)
                 except InvalidInputError as error:
-                    self._checkpoint(manifest, parts, entry, log, prefix)
+                    if log.place == START:
+                        raise
+                    self._checkpoint(manifest, parts, entry, log)
                     raise going_on(error) from None
-                self._checkpoint(manifest, parts, entry, log, prefix)
-                if tell is not None:
-                    tell(parts.behaviors, log.offset)
-            manifest.complete = True
-            self._save(manifest)
-        finally:
-            parts.close()
+                self._checkpoint(manifest, parts, entry, log)
+                before += log.offset
+        manifest.complete = True
+        self._save(manifest)
 
-    def _checkpoint(
-        self, manifest: _Manifest, parts: _Parts, entry: _Spilled, log: BehaviorLog, prefix: Prefix
-    ) -> None:
+    def _flushed(self, log: BehaviorLog, parts: _Parts) -> Iterator[None]:
+        """Brings a log into the parts; yields each time the buffers were written."""
+        for count, behavior in enumerate(log, start=1):
+            parts.add(behavior)
+            if count % self._limits.buffered == 0:
+                parts.flush()
+                yield
+        parts.flush()
+        yield
+
+    def _checkpoint(self, manifest: _Manifest, parts: _Parts, entry: _Spilled, log: BehaviorLog) -> None:
         """Makes durable what was spilled, and then that it was."""
         parts.flush()
         parts.sync()
-        if not _is_parquet(entry.path):
-            prefix.extend(log.offset)
-            entry.digest = prefix.digest
         entry.offset, entry.line = log.place
+        entry.digest = _digest(entry)
         manifest.sizes, manifest.counts = list(parts.sizes), list(parts.counts)
         self._save(manifest)
 
@@ -234,10 +243,12 @@ class Backfill:
         """Says in the store that the logs are kept, so that nobody reads them again."""
         for entry in manifest.logs:
             with contextlib.suppress(InvalidInputError):  # a log that is gone by now needs no mark
-                if not _has_digest(entry):
+                if _digest(entry) != entry.digest:
                     continue
-                for mark in LogFile(entry.path, self._store, from_start=True).marks(Place(entry.offset, entry.line)):
-                    self._store.append((), mark)
+                log = LogFile(entry.path, self._store)
+                if log.start.offset < entry.offset:
+                    for mark in log.marks(Place(entry.offset, entry.line)):
+                        self._store.append((), mark)
 
     # -- the work directory --------------------------------------------------------------------------------------
 
@@ -252,8 +263,8 @@ class Backfill:
                 f"({', '.join(entry.path for entry in manifest.logs):.200}); finish that one first, delete the "
                 "directory, or name another with --work"
             )
-        if not manifest.complete and not all(map(_has_digest, manifest.logs)):
-            self._remove(manifest, whole=False)
+        if not manifest.complete and any(_digest(entry) != entry.digest for entry in manifest.logs):
+            self._remove(manifest)
             return self._begin()
         return manifest
 
@@ -263,15 +274,17 @@ class Backfill:
             raise ConfigurationError(
                 f"{self._work} is not empty ({others[0]!r}); name a directory of its own with --work"
             )
+        for stale in self._work.glob("part-*"):
+            stale.unlink()
         logs, size = [], 0
         for path in self._paths:
-            log = LogFile(path, self._store)
-            weight = _PARQUET_IS_SMALLER if _is_parquet(path) else 1
-            size += (Path(path).stat().st_size if log.start.offset == 0 else (log.size or 0) - log.start.offset) * weight
-            prefix = Prefix(path)
-            prefix.extend(0 if _is_parquet(path) else log.start.offset)
-            digest = digest_of(path) if _is_parquet(path) else prefix.digest
-            logs.append(_Spilled(path, log.start.offset, log.start.line, digest))
+            start = LogFile(path, self._store).start
+            entry = _Spilled(path, start.offset, start.line, "")
+            entry.digest = _digest(entry)
+            logs.append(entry)
+            size += (
+                Path(path).stat().st_size * _PARQUET_IS_SMALLER if is_parquet(path) else size_of(path) - start.offset
+            )
         parts = max(1, min(self._limits.parts, -(-size // self._limits.part_bytes)))
         manifest = _Manifest(
             secrets.token_hex(8), self._store_digest, self._limits.chunk_bytes, logs, [0] * parts, [0] * parts
@@ -306,16 +319,12 @@ class Backfill:
         finally:
             os.close(directory)
 
-    def _remove(self, manifest: _Manifest, *, whole: bool = True) -> None:
+    def _remove(self, manifest: _Manifest) -> None:
         """Removes the parts, and the manifest last: without it nobody knows what they are."""
         for part in range(len(manifest.sizes)):
             (self._work / _part_name(part)).unlink(missing_ok=True)
+        (self._work / f"{_MANIFEST}.new").unlink(missing_ok=True)
         (self._work / _MANIFEST).unlink()
-        if whole:
-            (self._work / f"{_MANIFEST}.new").unlink(missing_ok=True)
-            (self._work / _LOCK).unlink()
-            with contextlib.suppress(OSError):  # someone put a file of his own there
-                self._work.rmdir()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -366,7 +375,8 @@ class _Parts:
         """Puts a behavior to those of its user. Ids hold no control characters (`check_id`), so those part fields."""
         part = zlib.crc32(behavior.user_id.encode()) % len(self._buffers)
         self._buffers[part].append(
-            f"{behavior.user_id}\t{behavior.item_id}\t{behavior.feedback!r}\t{behavior.timestamp!r}\t{behavior.event_id}\n"
+            f"{behavior.user_id}\t{behavior.item_id}\t{behavior.feedback!r}\t{behavior.timestamp!r}\t"
+            f"{behavior.event_id}\n"
         )
 
     def flush(self) -> None:
@@ -409,16 +419,12 @@ def _parse(line: bytes) -> Behavior:
     return Behavior(user, item, float(feedback), float(timestamp), event)
 
 
-def _has_digest(entry: _Spilled) -> bool:
-    """Whether a log still begins as it did when it was spilled."""
-    if _is_parquet(entry.path):
-        return digest_of(entry.path) == entry.digest
+def _digest(entry: _Spilled) -> str:
+    """Of what of the log was spilled, as it is now; of all of it if it is Parquet, which does not grow."""
+    if is_parquet(entry.path):
+        return digest_of(entry.path)
     prefix = Prefix(entry.path)
-    return prefix.extend(entry.offset) and prefix.digest == entry.digest
-
-
-def _is_parquet(path: str) -> bool:
-    return Path(path).suffix == ".parquet"
+    return prefix.digest if prefix.extend(entry.offset) else ""
 
 
 def _part_name(part: int) -> str:
@@ -426,4 +432,4 @@ def _part_name(part: int) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (_LOCK, _MANIFEST, f"{_MANIFEST}.new") or name.startswith("part-")
+    return name in (_LOCK, _MANIFEST, f"{_MANIFEST}.new") or re.fullmatch(r"part-\d{4}", name) is not None

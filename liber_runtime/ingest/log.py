@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from liber_runtime.behavior import Behavior
-from liber_runtime.behavior_log import STANDARD_INPUT, START, BehaviorLog, Place, parquet_rows
+from liber_runtime.behavior_log import STANDARD_INPUT, START, BehaviorLog, Place, is_parquet, size_of
 from liber_runtime.exceptions import InvalidInputError
 from liber_runtime.ingest import BATCH_BEHAVIORS, Batch
 from liber_runtime.memory import Mark, MemoryStore
@@ -114,9 +114,10 @@ class LogFile:
         self._kept = Prefix(path)
         self._anchor = ""
         self._is_stream = str(path) == STANDARD_INPUT
-        self._is_parquet = not self._is_stream and Path(path).suffix == ".parquet"
+        self._is_parquet = not self._is_stream and is_parquet(path)
+        if not self._is_stream:
+            self.size = size_of(path)
         if self._is_parquet:
-            self.size = parquet_rows(path)
             self._anchor = f"parquet:{digest_of(path)}"
             rows = 0 if from_start else store.position(self._anchor)
             self.start = Place(rows, rows)
@@ -124,7 +125,6 @@ class LogFile:
             self.start = START
         else:
             self._resume(from_start)
-            self.size = Path(path).stat().st_size
             self.start = self._kept.place
 
     def batches(self, log: BehaviorLog | None = None) -> Iterator[Batch]:
