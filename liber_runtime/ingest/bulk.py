@@ -303,7 +303,8 @@ class Backfill:
             return None
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigurationError(
-                f"{self._work / _MANIFEST} is not understood ({error}); delete the directory, or name another with --work"
+                f"{self._work / _MANIFEST} is not understood ({error}); delete the directory, or name another with "
+                "--work"
             ) from None
 
     def _save(self, manifest: _Manifest) -> None:

@@ -172,10 +172,13 @@ class LogFile:
                 if len(behaviors) >= BATCH_BEHAVIORS:
                     yield self.marks(log.place)
             elif log.offset >= boundary:
-                boundary = _next_block(log.offset)
+                self._keep(boundary - 1)
+                # Of a record of several lines only the first line's end is where the next run looks.
+                if self._kept.extend_by_line() and self._kept.offset == log.offset:
+                    self._anchor = self._kept.digest
                 self._keep(log.offset)
-                self._anchor = self._kept.digest
-                yield (Mark(f"log:{self._anchor}", log.offset),)
+                boundary = _next_block(log.offset)
+                yield (Mark(f"log:{self._kept.digest}", log.offset),)
 
     def _last(self, log: BehaviorLog, behaviors: list[Behavior]) -> Iterator[Batch]:
         if behaviors or log.place != self.start:
