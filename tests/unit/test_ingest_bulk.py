@@ -11,6 +11,7 @@ import polars
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ingest_harness import HEADER, ended, held, lines, start, streamed
 
 from liber_runtime.behavior import Behavior
 from liber_runtime.behavior_log import read_behaviors
@@ -20,7 +21,6 @@ from liber_runtime.ingest.bulk import Backfill, BulkLimits
 from liber_runtime.ingest.log import LogFile
 from liber_runtime.memory import Appended, MemoryStore, open_store
 from liber_runtime.partition import parse_condition
-from tests.unit.test_ingest import HEADER, ended, held, lines, start, streamed
 
 SMALL = BulkLimits(part_bytes=300, parts=4, chunk_bytes=200, buffered=7, flushes=2, batch=10)
 
