@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.table import Table
 
 from liber_runtime.bundle import Manifest
@@ -172,7 +171,7 @@ def reencode(
             history_length=kept.history_length,
             seed=kept.seed,
         )
-    given = {"encoder": encoder, "dimension": dimension, "history_length": history, "seed": seed}
+    given: dict[str, Any] = {"encoder": encoder, "dimension": dimension, "history_length": history, "seed": seed}
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
     with opened(store) as memory:
         manifest, result = reencode_store(memory, output_directory, settings)
@@ -204,7 +203,8 @@ def switch(store: StoreOption = None, triton: TritonOption = None) -> None:
 def _refuse_misplaced(context: typer.Context) -> None:
     """Says where options of a subcommand belong: before it they would be another command's, and ignored."""
     for parameter in context.command.params:
-        if parameter.name and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+        source = context.get_parameter_source(parameter.name) if parameter.name else None
+        if source is not None and source.name == "COMMANDLINE":
             raise InvalidInputError(
                 f"{parameter.opts[0]} stands before {context.invoked_subcommand!r}; write `liber build "
                 f"{context.invoked_subcommand} {parameter.opts[0]} ...`"

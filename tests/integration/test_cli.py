@@ -219,7 +219,8 @@ class TestOwnData:
         assert shown.endswith("cache: 5 behaviors\n")
         held = json.loads(done("inspect", user, "--json", "--store", store, directory=directory))
         assert [len(each["behaviors"]) for each in held["partitions"]] == [20, 20]
-        assert [len(each["representation"]["vector"]) for each in held["partitions"]] == [8, 8]
+        vectors = [made["vector"] for each in held["partitions"] for made in each["representations"].values()]
+        assert [len(vector) for vector in vectors] == [8, 8]
         assert held["partitions"][0]["shift"] is None
         assert held["partitions"][1]["shift"]["writer"] == "statistical"
 
