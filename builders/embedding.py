@@ -17,6 +17,7 @@ import numpy.typing as npt
 from builders.priority import share_priority
 from builders.repository import publish_encoder
 from liber_runtime.bundle import EncoderSpec
+from liber_runtime.exceptions import ScoringError
 from liber_runtime.progress import Advance, progress
 from liber_runtime.representation import Encoded, TextModel
 from liber_runtime.served.session import OnnxSession
@@ -26,6 +27,9 @@ Pair = tuple[str, str]
 """(summary, shift)."""
 
 MODEL = "liber_embed"
+
+ATTEMPTS = 5
+"""Of embedding what is missing, before a build gives up; what came meanwhile is kept."""
 
 
 class EmbeddingCache:
@@ -103,10 +107,19 @@ class Embedder:
             ServerError: Triton did not start.
             ScoringError: it refused the texts.
         """
-        missing = self._cache.missing(pairs)
-        if not missing:
-            return
+        for attempt in range(1, ATTEMPTS + 1):
+            missing = self._cache.missing(pairs)
+            if not missing:
+                return
+            try:
+                await self._run(missing, advance)
+            except ScoringError as error:
+                # On a machine without idle time a model can die of it; the server heals itself.
+                if attempt == ATTEMPTS or error.status == "INVALID_ARGUMENT":
+                    raise
+                await asyncio.sleep(attempt)
 
+    async def _run(self, missing: Sequence[Pair], advance: Advance | None) -> None:
         def receive(positions: list[int], outputs: dict[str, npt.NDArray[Any]]) -> None:
             self._cache.put([missing[position] for position in positions], outputs["text_embedding"])
             if advance is not None:

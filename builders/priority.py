@@ -1,4 +1,4 @@
-"""A build beside a server leaves it the processors: the lowest priority, and half of the threads."""
+"""A build beside a server leaves it the processors: a low priority, and half of the threads."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 
 import torch
 
-LOWEST = 19
-"""The nicest there is: about 1/70 of a processor that a normal process wants all of."""
+NICENESS = 10
+"""A tenth of a processor that a normal process wants all of. With less, on a machine without idle time, Triton takes
+the models of the build's own server for dead."""
 
 
 def lower_priority() -> None:
-    """Gives this process, and what it starts from now on, the lowest priority and half of the processors.
+    """Gives this process, and what it starts from now on, a low priority and half of the processors.
 
     ``LIBER_THREADS`` says how many threads a graph gets instead, if it is set.
     """
     threads = max(1, (os.cpu_count() or 1) // 2)
     os.environ.setdefault("LIBER_THREADS", str(threads))
     torch.set_num_threads(threads)
-    os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
+    os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
     # A session that others are in too, as that of a terminal, is not this command's to lower.
     if os.getsid(0) == os.getpid():
         share_priority(os.getpid())

@@ -1,4 +1,4 @@
-"""Another encoder under a system that goes on: requests, appends and a worker see the old vectors, then the new ones."""
+"""Another encoder under a system that goes on: it works with the old vectors, and then with the new ones."""
 
 from __future__ import annotations
 
