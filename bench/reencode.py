@@ -1,8 +1,9 @@
 """What scorers notice of a re-encode: latency on an idle server against latency while every vector is made anew.
 
 ``python -m bench.reencode --json FILE`` builds a small bundle, serves it on a real Triton, and has scorers send
-requests at a steady pace, first alone and then during whole re-encodes (encode, train, publish, switch), in turns: at
-low priority, as ``liber build re-encode`` runs, and at normal priority, to show what that gives.
+requests at a steady pace, first alone and then during whole re-encodes (encode, train, switch), in turns:
+at low priority, as ``liber build re-encode`` runs, and at normal priority, to show what that gives. The seconds in which
+the server loads the new bundle are part of these, and have a row of their own: they are the server's work.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from liber_runtime.writers.statistical import StatisticalWriter
 
 CANDIDATES = 100
 WARM_UP_SECONDS = 3.0
-IDLE, LOW, NORMAL = "idle", "reencode", "reencode_normal_priority"
+IDLE, LOW, NORMAL, SWITCH = "idle", "reencode", "reencode_normal_priority", "switch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +120,8 @@ def measure(
         seed: of data, weights and requests.
 
     Returns:
-        A row for each of ``idle``, ``reencode``, ``reencode_normal_priority``: requests, failed, seconds, per_second,
-        p50_ms, p99_ms, and ratio, the p99 over that of ``idle``.
+        A row for each of ``idle``, ``reencode``, ``reencode_normal_priority``, and ``switch``, the last part of these
+        two: requests, failed, seconds, per_second, p50_ms, p99_ms, and ratio, the p99 over that of ``idle``.
     """
     place = Place(directory, f"sqlite:///{directory / 'memory.db'}", directory / "model_repository")
     dataset = sample.generate(seed=seed, users=60, items=120, behaviors=4_000)
@@ -131,7 +132,7 @@ def measure(
     finally:
         store.close()
     publish(directory / "build" / "bundle", place.repository)
-    spans: dict[str, list[tuple[float, float]]] = {IDLE: [], LOW: [], NORMAL: []}
+    spans: dict[str, list[tuple[float, float]]] = {IDLE: [], LOW: [], NORMAL: [], SWITCH: []}
     server = TritonServer(place.repository, log_file=directory / "triton.log", environment={"LIBER_STORE": place.store})
     with server:
         load = Scorers(server.grpc_url, users, list(dataset.items), scorers, per_second, seed)
@@ -140,7 +141,9 @@ def measure(
             for turn in range(rounds):
                 for kind in (LOW, NORMAL):
                     spans[IDLE].append(_wait(idle_seconds))
-                    spans[kind].append(_reencode(place, server.grpc_url, kind, turn, seed))
+                    begin, switched, end = _reencode(place, server.grpc_url, kind, turn, seed)
+                    spans[kind].append((begin, end))
+                    spans[SWITCH].append((switched, end))
             spans[IDLE].append(_wait(idle_seconds))
     for error in sorted(set(load.errors)):
         print(f"a request failed: {error}", file=sys.stderr)
@@ -157,20 +160,26 @@ def _wait(seconds: float) -> tuple[float, float]:
     return begin, time.perf_counter()
 
 
-def _reencode(place: Place, url: str, kind: str, turn: int, seed: int) -> tuple[float, float]:
-    """One whole re-encode in a process of its own, with no embedding known beforehand; returns when it ran."""
+def _reencode(place: Place, url: str, kind: str, turn: int, seed: int) -> tuple[float, float, float]:
+    """One re-encode in a process of its own, with no embedding known beforehand.
+
+    Returns:
+        When it began, when the new bundle was ready to be served, and when it was.
+    """
     begin = time.perf_counter()
-    process = multiprocessing.get_context("spawn").Process(
-        target=_reencode_here, args=(place, url, kind == LOW, place.directory / f"{kind}-{turn}", seed)
+    context = multiprocessing.get_context("spawn")
+    ready = context.Value("d", 0.0)
+    process = context.Process(
+        target=_reencode_here, args=(place, url, kind == LOW, place.directory / f"{kind}-{turn}", seed, ready)
     )
     process.start()
     process.join()
     if process.exitcode:
         raise LiberError(f"the re-encode ended with exit status {process.exitcode}; what it said is above")
-    return begin, time.perf_counter()
+    return begin, ready.value, time.perf_counter()
 
 
-def _reencode_here(place: Place, url: str, lowered: bool, directory: Path, seed: int) -> None:
+def _reencode_here(place: Place, url: str, lowered: bool, directory: Path, seed: int, ready: Any) -> None:
     # A session of its own, as a command has that a service manager or nohup's like started.
     os.setsid()
     if lowered:
@@ -178,6 +187,7 @@ def _reencode_here(place: Place, url: str, lowered: bool, directory: Path, seed:
     store = open_store(place.store)
     try:
         manifest, _ = reencode(store, directory, _settings(seed))
+        ready.value = time.perf_counter()  # one clock for all processes
         deploy(directory / "bundle", place.repository, url)
         switch(store, manifest.fingerprint)
     finally:
