@@ -2,8 +2,8 @@
 
 ``python -m bench.reencode --json FILE`` builds a small bundle, serves it on a real Triton, and has scorers send
 requests at a steady pace, first alone and then during whole re-encodes (encode, train, switch), in turns:
-at low priority, as ``liber build re-encode`` runs, and at normal priority, to show what that gives. The seconds in which
-the server loads the new bundle are part of these, and have a row of their own: they are the server's work.
+at low priority, as ``liber build re-encode`` runs, and at normal priority, to show what that gives. The seconds in
+which the server loads the new bundle are part of these, and have a row of their own: they are the server's work.
 """
 
 from __future__ import annotations
