@@ -154,6 +154,9 @@ def reencode(
     interrupted goes on where it was. Runs at low priority. Needs a checkout and the extras build and serve.
     """
     _require_repository(repository, triton)
+    # What builds takes seconds to import: a mistyped store is told at once.
+    with opened(store):
+        pass
     with needs_builders():
         from builders.build import BuildSettings
         from builders.build import reencode as reencode_store
@@ -194,10 +197,11 @@ def switch(store: StoreOption = None, triton: TritonOption = None) -> None:
         finally:
             await encoder.close()
 
-    with needs_builders():
-        from builders.build import switch as switch_store
     with opened(store) as memory:
-        _tell_due(switch_store(memory, asyncio.run(ask())))
+        fingerprint = asyncio.run(ask())
+        with needs_builders():
+            from builders.build import switch as switch_store
+        _tell_due(switch_store(memory, fingerprint))
 
 
 def _refuse_misplaced(context: typer.Context) -> None:
