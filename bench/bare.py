@@ -1,0 +1,221 @@
+"""The least that the same writes cost: a bare loop over the engine, without LIBER's Python.
+
+A ground makes stores to measure, and twins: a store, and a bare loop beside it on a copy of its data. For every append
+the loop is given the very rows that the store will write, made and packed before any clock runs: it knows beforehand
+which behaviors are new, which users exist, what is in their caches and where partitions are cut. While it is timed it
+only hands rows to the engine, in the same transactions, with the same settings. Afterwards both must hold the same, row
+by row; otherwise there is no figure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from bench.workload import Source, describe, fill
+from liber_runtime.behavior import Behavior
+from liber_runtime.exceptions import LiberError
+from liber_runtime.memory import MemoryStore, open_store
+from liber_runtime.memory.packing import pack, unpack
+from liber_runtime.partition import Count, stream
+
+CONDITION = Count(20)
+
+WARM = 30
+"""Behaviors that each user has before appends are measured: a partition, and half a cache."""
+
+
+class Bare(Protocol):
+    """A loop over the engine that writes what a store writes."""
+
+    def prepare(self, appends: Sequence[Sequence[Behavior]]) -> Any:
+        """Makes what the appends will write, in this order; not timed."""
+        ...
+
+    def write(self, prepared: Any) -> float:
+        """Writes it, one transaction for each append; returns the seconds."""
+        ...
+
+    def check(self, store: MemoryStore) -> None:
+        """Makes sure that the store has written the same.
+
+        Raises:
+            LiberError: it has not.
+        """
+        ...
+
+
+class Ground(Protocol):
+    """Where stores are made to be measured."""
+
+    @property
+    def name(self) -> str:
+        """``sqlite`` or ``redis``."""
+        ...
+
+    def store(self) -> AbstractContextManager[MemoryStore]:
+        """A new store, gone afterwards."""
+        ...
+
+    def twins(self, users: Sequence[str], source: Source) -> AbstractContextManager[tuple[MemoryStore, Bare]]:
+        """A new store that knows these users, and a bare loop on a copy of it; both gone afterwards."""
+        ...
+
+
+class SQLiteGround:
+    """Files in a directory."""
+
+    name = "sqlite"
+
+    def __init__(self, directory: Path) -> None:
+        """Makes files below `directory`, which is there."""
+        self._directory = directory
+        self._numbers = itertools.count(1)
+
+    @contextlib.contextmanager
+    def store(self) -> Iterator[MemoryStore]:
+        """See `Ground.store`."""
+        with self._place() as place, contextlib.closing(_open(place / "memory.db")) as store:
+            yield store
+
+    @contextlib.contextmanager
+    def twins(self, users: Sequence[str], source: Source) -> Iterator[tuple[MemoryStore, Bare]]:
+        """See `Ground.twins`."""
+        with self._place() as place:
+            with contextlib.closing(_open(place / "memory.db")) as store:
+                describe(store, users)
+                fill(store, dict.fromkeys(users, WARM), source)
+            shutil.copyfile(place / "memory.db", place / "bare.db")
+            with (
+                contextlib.closing(_open(place / "memory.db")) as store,
+                contextlib.closing(BareSQLite(place / "bare.db", place / "memory.db")) as bare,
+            ):
+                yield store, bare
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[Path]:
+        place = self._directory / str(next(self._numbers))
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place)
+
+
+def _open(path: Path) -> MemoryStore:
+    return open_store(f"sqlite:///{path}", CONDITION)
+
+
+class _Rows(NamedTuple):
+    """What one append writes."""
+
+    events: list[tuple[object, ...]]
+    partitions: list[tuple[object, ...]]
+    steps: list[tuple[object, ...]]
+    caches: list[tuple[object, ...]]
+    counters: list[tuple[object, ...]]
+
+
+class _Held(NamedTuple):
+    """What the bare loop knows of a user before the next append."""
+
+    user: int
+    partitions: int
+    cache: list[Behavior]
+
+
+class BareSQLite:
+    """sqlite3 and nothing else: the store's file, settings and rows; one transaction for each append."""
+
+    def __init__(self, path: Path, beside: Path) -> None:
+        """Opens `path`, a copy of the store's file `beside`."""
+        self._path = path
+        self._beside = beside
+        self._db = sqlite3.connect(path, isolation_level=None, cached_statements=64)
+        for pragma in (
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "secure_delete = ON",
+            "foreign_keys = ON",
+            "wal_autocheckpoint = 4000",
+            "cache_size = -32768",
+        ):
+            self._db.execute(f"PRAGMA {pragma}").fetchall()
+        self._held = {
+            user_id: _Held(user, partitions, unpack(user_id, *cache))
+            for user, user_id, partitions, *cache in self._db.execute(
+                "SELECT user, user_id, partitions, item_ids, feedback, timestamps, event_ids FROM users"
+            )
+        }
+
+    def prepare(self, appends: Sequence[Sequence[Behavior]]) -> list[_Rows]:
+        """See `Bare.prepare`."""
+        return [self._rows(append) for append in appends]
+
+    def _rows(self, behaviors: Sequence[Behavior]) -> _Rows:
+        arriving: dict[str, list[Behavior]] = {}
+        for behavior in behaviors:
+            arriving.setdefault(behavior.user_id, []).append(behavior)
+        rows = _Rows([], [], [], [], [])
+        for user_id, fresh in arriving.items():
+            user, number, cache = self._held[user_id]
+            streamed = stream(CONDITION, cache, fresh, lambda: ())
+            for at, cut in enumerate(streamed.partitions, number + 1):
+                rows.partitions.append((user, at, *pack(cut)))
+                rows.steps.append((user, at, time.time()))
+            number += len(streamed.partitions)
+            rows.events.extend((user, event_id) for event_id in sorted(behavior.event_id for behavior in fresh))
+            rows.caches.append((number, *pack(streamed.cache), user))
+            self._held[user_id] = _Held(user, number, list(streamed.cache))
+        rows.counters.extend([(len(behaviors), "behaviors"), (len(rows.partitions), "partitions")])
+        return rows
+
+    def write(self, prepared: Sequence[_Rows]) -> float:
+        """See `Bare.write`."""
+        db = self._db
+        began = time.perf_counter()
+        for rows in prepared:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("INSERT INTO events VALUES (?, ?)", rows.events)
+            db.executemany("INSERT INTO partitions VALUES (?, ?, ?, ?, ?, ?)", rows.partitions)
+            db.executemany("INSERT INTO steps (user, number, step, due) VALUES (?, ?, 'summary', ?)", rows.steps)
+            db.executemany(
+                "UPDATE users SET partitions = ?, item_ids = ?, feedback = ?, timestamps = ?, event_ids = ?"
+                " WHERE user = ?",
+                rows.caches,
+            )
+            db.executemany("UPDATE counters SET value = value + ? WHERE name = ?", rows.counters)
+            db.execute("COMMIT")
+        return time.perf_counter() - began
+
+    def check(self, store: MemoryStore) -> None:
+        """See `Bare.check`: the tables of both files, but for the times in them."""
+        self._db.execute("ATTACH ? AS beside", (str(self._beside),))
+        for table, columns in (
+            ("users", "user, user_id, profile, partitions, item_ids, feedback, timestamps, event_ids"),
+            ("events", "user, event_id"),
+            ("partitions", "user, number, item_ids, feedback, timestamps, event_ids"),
+            ("steps", "user, number, step"),
+            ("counters", "name, value"),
+        ):
+            for one, other in (("main", "beside"), ("beside", "main")):
+                (missing,) = self._db.execute(
+                    f"SELECT count(*) FROM (SELECT {columns} FROM {one}.{table}"
+                    f" EXCEPT SELECT {columns} FROM {other}.{table})"
+                ).fetchone()
+                if missing:
+                    raise LiberError(
+                        f"the bare loop's {table} differ from the store's in {missing} rows; bring bench.bare up to "
+                        "what the store writes"
+                    )
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
