@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import pytest
@@ -28,7 +28,10 @@ from liber_runtime.memory import (
     STEPS,
     Appended,
     Committed,
+    DeadStep,
+    Failure,
     Forgotten,
+    Mark,
     MemoryStore,
     Representation,
     Result,
@@ -88,11 +91,17 @@ def make(task: Task, fingerprint: str = "encoder-1") -> Result:
 
 def work_all(store: MemoryStore, steps: Sequence[Step] = STEPS, fingerprint: str = "encoder-1") -> Counter[str]:
     done: Counter[str] = Counter()
-    while tasks := store.claim(steps, 7, 60.0):
+    while tasks := store.claim(steps, 7, 60.0, fingerprint):
         committed = store.commit([make(task, fingerprint) for task in tasks])
         assert committed == Committed(len(tasks), 0)
         done.update(task.step for task in tasks)
     return done
+
+
+def give_back(
+    store: MemoryStore, tasks: Sequence[Task], error: str, retry_seconds: float | None, attempted: bool = True
+) -> Committed:
+    return store.commit([Result(task, Failure(error, retry_seconds, attempted)) for task in tasks])
 
 
 def partitions_of(store: MemoryStore, user: str) -> list[tuple[str, ...]]:
@@ -136,9 +145,16 @@ def spawn(function: Callable[..., None], *arguments: object) -> multiprocessing.
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
+StepKey: TypeAlias = tuple[str, int, Step, str]
+"""User, number, step, and the fingerprint wanted of a representation."""
+
 
 class Model:
-    """Algorithm 1 and the queue in plain Python, written from the paper and the protocol, not from an engine."""
+    """Algorithm 1 and the knowledge it needs in plain Python, written from the paper and the protocol.
+
+    There is no queue in it. Whatever is made remembers what it was made from; a step is ready when what is there was
+    made from something else than it would be made from now.
+    """
 
     SIZE, GAP = 3, 50.0
     condition = AnyOf(Count(SIZE), TimeGap(GAP))
@@ -147,7 +163,11 @@ class Model:
         self.cache: dict[str, list[Behavior]] = {}
         self.partitions: dict[str, list[list[Behavior]]] = {}
         self.seen: set[tuple[str, str]] = set()
-        self.done: dict[tuple[str, int, Step], object] = {}
+        self.texts: dict[tuple[str, int, Step], tuple[str, object]] = {}
+        self.vectors: dict[tuple[str, int, str], tuple[list[float], object]] = {}
+        self.outdated: set[tuple[str, int, Step]] = set()
+        self.wanted: set[str] = set()
+        self.dead: dict[StepKey, object] = {}
 
     def append(self, behaviors: Sequence[Behavior]) -> Appended:
         kept = cut = 0
@@ -169,27 +189,131 @@ class Model:
                 cut += 1
         return Appended(kept, len(behaviors) - kept, cut)
 
-    def forget(self, user: str) -> Forgotten:
-        partitions, cache = self.partitions.pop(user, []), self.cache.pop(user, [])
-        self.seen = {key for key in self.seen if key[0] != user}
-        self.done = {key: made for key, made in self.done.items() if key[0] != user}
-        return Forgotten(sum(map(len, partitions)) + len(cache), len(partitions))
+    def held_of(self, user: str) -> list[Behavior]:
+        return [b for run in self.partitions.get(user, []) for b in run] + self.cache.get(user, [])
 
-    def open_steps(self) -> set[tuple[str, int, Step]]:
-        """Steps that the texts there are allow and that are not made."""
-        found: set[tuple[str, int, Step]] = set()
+    def forget(self, user: str) -> Forgotten:
+        gone = Forgotten(len(self.held_of(user)), len(self.partitions.pop(user, [])))
+        self.cache.pop(user, None)
+        self.seen = {key for key in self.seen if key[0] != user}
+        for made in (self.texts, self.vectors, self.dead):
+            for key in [key for key in made if key[0] == user]:
+                del made[key]  # type: ignore[attr-defined]
+        self.outdated = {key for key in self.outdated if key[0] != user}
+        return gone
+
+    def forget_event(self, user: str, event_id: str) -> Forgotten:
+        runs = [*enumerate(self.partitions.get(user, []), 1), (0, self.cache.get(user, []))]
+        for number, behaviors in runs:
+            kept = [b for b in behaviors if b.event_id != event_id]
+            if len(kept) == len(behaviors):
+                continue
+            behaviors[:] = kept
+            if number:
+                erased = {(user, number, "summary"), (user, number, "shift"), (user, number + 1, "shift")}
+                self.texts = {key: made for key, made in self.texts.items() if key not in erased}
+                self.outdated -= {key for key in self.outdated if key in erased}
+                self.vectors = {
+                    k: v for k, v in self.vectors.items() if k[:2] not in {(user, number), (user, number + 1)}
+                }
+                self.dead = {k: v for k, v in self.dead.items() if k[:2] != (user, number)}
+                self.dead = {k: v for k, v in self.dead.items() if k[:2] != (user, number + 1) or k[2] == "summary"}
+            return Forgotten(1, 0)
+        return Forgotten(0, 0)
+
+    def rewrite(self, user: str) -> int:
+        texts = [key for key in self.texts if key[0] == user]
+        summaries = {number for _, number, step in texts if step == "summary"}
+        shifts = {number for _, number, step in texts if step == "shift"}
+        for number in summaries:
+            self.outdated.add((user, number, "summary"))
+            self.dead.pop((user, number, "summary", ""), None)
+        # The others' summaries are made again, and they with them.
+        alone = {n for n in shifts if not {n, n - 1} & summaries}
+        self.outdated |= {(user, number, "shift") for number in alone}
+        return len(summaries) + len(alone)
+
+    def encode_by(self, fingerprints: set[str]) -> None:
+        stale = {
+            (user, number, fingerprint)
+            for (user, number, step, wanted) in self.open_steps()
+            if step == "representation" and wanted not in (fingerprints or {""})
+            for fingerprint in ({wanted} if wanted else ENCODINGS)
+        }
+        kept = fingerprints | self.wanted
+        self.vectors = {k: v for k, v in self.vectors.items() if k[2] in kept and k not in stale}
+        self.wanted = set(fingerprints)
+        self.dead = {k: v for k, v in self.dead.items() if k[2] != "representation" or k[3] in (fingerprints or {""})}
+
+    def needs_shift(self, user: str, number: int) -> bool:
+        return number > 1 and bool(self.partitions[user][number - 2])
+
+    def inputs(self, user: str, number: int, step: Step) -> object:
+        """What the step would be made from now; None if that is not there, or about to be replaced."""
+        if step == "summary":
+            return tuple(b.event_id for b in self.partitions[user][number - 1]) or None
+        texts: list[tuple[int, Step]] = [(number, "summary")]
+        if step == "shift":
+            if not self.needs_shift(user, number):
+                return None
+            texts.append((number - 1, "summary"))
+        elif self.needs_shift(user, number):
+            texts.append((number, "shift"))
+        if any((user, *text) not in self.texts or self.owed(user, *text) for text in texts):
+            return None
+        return tuple(self.texts[(user, *text)] for text in texts)
+
+    def owed(self, user: str, number: int, step: Step) -> bool:
+        """Whether a text is to be made, now or once its inputs are there."""
+        if (user, number, step) in self.outdated or (user, number, step) not in self.texts:
+            return True
+        if step == "summary":
+            return False
+        inputs = self.inputs(user, number, step)
+        return inputs is not None and self.texts[user, number, step][1] != inputs
+
+    def open_steps(self) -> dict[StepKey, object]:
+        """Steps that can be made now, with what they are made from."""
+        found: dict[StepKey, object] = {}
         for user, partitions in self.partitions.items():
             for number in range(1, len(partitions) + 1):
-                summary = (user, number, "summary") in self.done
-                found.add((user, number, "summary"))
-                if summary and number > 1 and (user, number - 1, "summary") in self.done:
-                    found.add((user, number, "shift"))
-                if summary and (number == 1 or (user, number, "shift") in self.done):
-                    found.add((user, number, "representation"))
-        return {key for key in found if key not in self.done}
+                for step in TEXT_STEPS:
+                    inputs = self.inputs(user, number, step)
+                    if inputs is not None and self.owed(user, number, step):
+                        found[user, number, step, ""] = inputs
+                inputs = self.inputs(user, number, "representation")
+                if inputs is None:
+                    continue
+                made = {f: self.vectors.get((user, number, f), (None, None))[1] for f in ENCODINGS}
+                for wanted in self.wanted:
+                    if made[wanted] != inputs:
+                        found[user, number, "representation", wanted] = inputs
+                if not self.wanted and inputs not in made.values():
+                    found[user, number, "representation", ""] = inputs
+        return found
+
+    def ready_steps(self) -> dict[StepKey, object]:
+        steps = self.open_steps()
+        self.dead = {key: inputs for key, inputs in self.dead.items() if steps.get(key) == inputs}
+        return {key: inputs for key, inputs in steps.items() if key not in self.dead}
+
+    def commit(self, task: Task, result: Result) -> None:
+        inputs = self.open_steps()[key_of(task)]
+        if isinstance(result.made, Text):
+            self.texts[task.user_id, task.number, task.step] = (result.made.text, inputs)
+            self.outdated.discard((task.user_id, task.number, task.step))
+        else:
+            assert isinstance(result.made, Representation)
+            vector = result.made.vector.tolist()
+            self.vectors[task.user_id, task.number, result.made.fingerprint] = (vector, inputs)
+
+
+def key_of(task: Task) -> StepKey:
+    return task.user_id, task.number, task.step, task.fingerprint
 
 
 USERS = ("ann", "bo", "čeněk")
+ENCODINGS = ("encoder-1", "encoder-2")
 
 
 class MemoryMachine(RuleBasedStateMachine):
@@ -200,12 +324,34 @@ class MemoryMachine(RuleBasedStateMachine):
         self.engine = engine.fresh()
         self.store = self.engine.open(Model.condition)
         self.model = Model()
-        self.held: list[Task] = []
-        self.dead: set[tuple[str, int, Step]] = set()
+        self.held: list[tuple[Task, object]] = []
         self.time = 0.0
+        self.made = 0
 
     def teardown(self) -> None:
         self.store.close()
+
+    def make(self, task: Task) -> Result:
+        """As `make`, but never the same text twice, so that every text tells which others it was made from."""
+        result = make(task, task.fingerprint or ENCODINGS[0])
+        if isinstance(result.made, Text):
+            self.made += 1
+            result = Result(task, dataclasses.replace(result.made, text=f"{self.made}: {result.made.text[:200]}"))
+        return result
+
+    def still_held(self) -> list[Task]:
+        """Claims of which the step is still what it was when it was claimed."""
+        ready = self.model.ready_steps()
+        self.held = [(task, inputs) for task, inputs in self.held if ready.get(key_of(task)) == inputs]
+        return [task for task, _ in self.held]
+
+    def let_go(self, affected: Callable[[Task], bool]) -> None:
+        """Checks that claims on what was taken back commit nothing."""
+        before = [task for task, _ in self.held]
+        self.held = [(task, inputs) for task, inputs in self.held if not affected(task)]
+        still = self.still_held()
+        void = [task for task in before if task not in still]
+        assert self.store.commit([self.make(task) for task in void]) == Committed(0, len(void))
 
     @rule(
         events=st.lists(
@@ -219,85 +365,133 @@ class MemoryMachine(RuleBasedStateMachine):
             behaviors.append(Behavior(user, f"item {number}", float(number), self.time, f"e{number}"))
         assert self.store.append(behaviors) == self.model.append(behaviors)
 
-    @rule(steps=st.sets(st.sampled_from(STEPS), min_size=1), limit=st.integers(1, 5))
-    def claim(self, steps: set[Step], limit: int) -> None:
-        tasks = self.store.claim(steps, limit, 100.0)
-        held = {(task.user_id, task.number, task.step) for task in self.held}
-        ready = {key for key in self.model.open_steps() - held - self.dead if key[2] in steps}
-        claimed = {(task.user_id, task.number, task.step) for task in tasks}
-        assert len(claimed) == len(tasks) == min(limit, len(ready))
-        assert claimed <= ready
+    @rule(
+        steps=st.sets(st.sampled_from(STEPS), min_size=1),
+        limit=st.integers(1, 5),
+        fingerprint=st.sampled_from(ENCODINGS),
+    )
+    def claim(self, steps: set[Step], limit: int, fingerprint: str) -> None:
+        ready = self.model.ready_steps()
+        held = {key_of(task) for task in self.still_held()}
+        free = {key for key in ready if key not in held and key[2] in steps and key[3] in ("", fingerprint)}
+        tasks = self.store.claim(steps, limit, 100.0, fingerprint)
+        claimed = {key_of(task) for task in tasks}
+        assert len(claimed) == len(tasks) == min(limit, len(free))
+        assert claimed <= free
         for task in tasks:
             self.check_task(task)
-        self.held += tasks
+        self.held += [(task, ready[key_of(task)]) for task in tasks]
 
     def check_task(self, task: Task) -> None:
-        done = {(step, number): made for (user, number, step), made in self.model.done.items() if user == task.user_id}
+        def text(number: int, step: Step) -> str:
+            return self.model.texts[task.user_id, number, step][0]
+
         if task.step == "summary":
             assert list(task.behaviors) == self.model.partitions[task.user_id][task.number - 1]
             return
-        assert task.summary == done["summary", task.number]
-        assert task.previous == (done["summary", task.number - 1] if task.step == "shift" else "")
-        assert task.shift == (done.get(("shift", task.number), "") if task.step == "representation" else "")
+        assert task.summary == text(task.number, "summary")
+        assert task.previous == (text(task.number - 1, "summary") if task.step == "shift" else "")
+        if task.step == "representation":
+            shift = self.model.needs_shift(task.user_id, task.number)
+            assert task.shift == (text(task.number, "shift") if shift else "")
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.still_held())
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(self.held), min_size=1, unique_by=id))
-        results = [make(task) for task in chosen]
-        assert self.store.commit(results) == Committed(len(chosen), 0)
-        assert self.store.commit(results) == Committed(0, len(chosen))
-        for task, result in zip(chosen, results, strict=True):
-            made = result.made.text if isinstance(result.made, Text) else result.made.vector.tolist()
-            self.model.done[task.user_id, task.number, task.step] = made
-        self.held = [task for task in self.held if task not in chosen]
+        # One by one: what one result changes may void the claim on another.
+        task = data.draw(st.sampled_from(self.still_held()))
+        result = self.make(task)
+        assert self.store.commit([result]) == Committed(1, 0)
+        assert self.store.commit([result]) == Committed(0, 1)
+        self.model.commit(task, result)
+        self.let_go(lambda other: other is task)
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.still_held())
     @rule(dead=st.booleans())
-    def release_one(self, dead: bool) -> None:
-        task = self.held.pop()
-        self.store.release([task], "no answer", None if dead else 0.0)
+    def give_back_one(self, dead: bool) -> None:
+        task = self.still_held().pop()
         if dead:
-            self.dead.add((task.user_id, task.number, task.step))
-        assert self.store.commit([make(task)]) == Committed(0, 1)
+            self.model.dead[key_of(task)] = self.model.open_steps()[key_of(task)]
+        assert give_back(self.store, [task], "no answer", None if dead else 0.0) == Committed(1, 0)
+        self.held = [(other, inputs) for other, inputs in self.held if other is not task]
+        assert self.store.commit([self.make(task)]) == Committed(0, 1)
 
-    @precondition(lambda self: self.held)
+    @rule()
+    def revive(self) -> None:
+        self.model.ready_steps()
+        assert self.store.revive() == len(self.model.dead)
+        self.model.dead.clear()
+
+    @precondition(lambda self: self.still_held())
     @rule()
     def let_leases_expire(self) -> None:
-        self.engine.clock.now += 101.0
-        expired, self.held = self.held, []
-        taken = self.store.claim(STEPS, 1000, 100.0)
-        self.held = taken
-        assert self.store.commit([make(task) for task in expired]) == Committed(0, len(expired))
+        held = self.still_held()
+        self.engine.clock.now += 60.0
+        assert self.store.renew(held[:1], 100.0) == []
+        self.engine.clock.now += 50.0
+        taken = [task for fingerprint in ENCODINGS for task in self.store.claim(STEPS, 1000, 100.0, fingerprint)]
+        ready = self.model.ready_steps()
+        assert {key_of(task) for task in taken} == set(ready) - {key_of(task) for task in held[:1]}
+        assert self.store.commit([self.make(task) for task in held[1:]]) == Committed(0, len(held) - 1)
+        self.held = [(task, ready[key_of(task)]) for task in [*held[:1], *taken]]
 
     @rule(user=st.sampled_from(USERS))
     def forget(self, user: str) -> None:
         assert self.store.forget(user) == self.model.forget(user)
-        gone = [task for task in self.held if task.user_id == user]
-        assert self.store.commit([make(task) for task in gone]) == Committed(0, len(gone))
-        self.held = [task for task in self.held if task.user_id != user]
-        self.dead = {key for key in self.dead if key[0] != user}
+        self.let_go(lambda task: task.user_id == user)
         assert self.store.timeline(user) is None
+
+    @precondition(lambda self: any(self.model.held_of(user) for user in USERS))
+    @rule(data=st.data())
+    def forget_event(self, data: st.DataObject) -> None:
+        event = data.draw(st.sampled_from([b for user in USERS for b in self.model.held_of(user)]))
+        number = next((n for n, run in enumerate(self.model.partitions[event.user_id], 1) if event in run), 0)
+        assert self.store.forget(event.user_id, event.event_id) == self.model.forget_event(
+            event.user_id, event.event_id
+        )
+        self.let_go(
+            lambda task: (
+                number > 0
+                and task.user_id == event.user_id
+                and (task.number == number or (task.number == number + 1 and task.step != "summary"))
+            )
+        )
+        assert self.store.forget(event.user_id, event.event_id) == Forgotten(0, 0)
+
+    @rule(user=st.sampled_from(USERS))
+    def rewrite(self, user: str) -> None:
+        rewritten = {key for key in self.model.texts if key[0] == user}
+        assert self.store.rewrite(user_ids=[user]) == self.model.rewrite(user)
+        self.let_go(lambda task: (task.user_id, task.number, task.step) in rewritten)
+
+    @rule(fingerprints=st.sets(st.sampled_from(ENCODINGS), min_size=1))
+    def encode_by(self, fingerprints: set[str]) -> None:
+        self.store.encode_by(fingerprints)
+        self.model.encode_by(fingerprints)
+        self.let_go(lambda task: task.step == "representation" and task.fingerprint not in fingerprints)
 
     @rule()
     def reopen(self) -> None:
         self.store.close()
         self.store = self.engine.open()
 
-    @rule(history=st.integers(0, 12), newest=st.integers(0, 4))
-    def read(self, history: int, newest: int) -> None:
+    @rule(history=st.integers(0, 12), newest=st.integers(0, 4), fingerprint=st.sampled_from(ENCODINGS))
+    def read(self, history: int, newest: int, fingerprint: str) -> None:
         asked = [*USERS, "nobody", USERS[0]]
-        for user, memory in zip(asked, self.store.read(asked, history, newest), strict=True):
+        for user, memory in zip(asked, self.store.read(asked, history, newest, fingerprint), strict=True):
             if user not in self.model.cache:
                 assert memory is None
                 continue
             assert memory is not None
-            everything = [b for run in self.model.partitions[user] for b in run] + self.model.cache[user]
+            everything = self.model.held_of(user)
             expected = [(b.item_id, b.feedback) for b in everything][max(0, len(everything) - history) :]
             assert list(memory.history) == expected
-            numbers = sorted(n for u, n, step in self.model.done if u == user and step == "representation")
-            vectors = [self.model.done[user, n, "representation"] for n in numbers[max(0, len(numbers) - newest) :]]
+            theirs = {f: sorted(n for u, n, f_ in self.model.vectors if (u, f_) == (user, f)) for f in ENCODINGS}
+            numbers = theirs[fingerprint]
+            vectors = [self.model.vectors[user, n, fingerprint][0] for n in numbers[max(0, len(numbers) - newest) :]]
             assert memory.representations.tolist() == vectors
+            lost = newest > 0 and not numbers and fingerprint not in self.model.wanted
+            assert memory.foreign == ({f for f in ENCODINGS if theirs[f]} if lost else set())
 
     @invariant()
     def timelines_agree(self) -> None:
@@ -308,18 +502,24 @@ class MemoryMachine(RuleBasedStateMachine):
             assert [list(record.behaviors) for record in timeline.partitions] == self.model.partitions[user]
             for record in timeline.partitions:
                 for step, text in (("summary", record.summary), ("shift", record.shift)):
-                    made = self.model.done.get((user, record.number, step))
-                    assert (text.text if text else None) == made
+                    made = self.model.texts.get((user, record.number, step))
+                    assert (text.text if text else None) == (made[0] if made else None)
+                vectors = {f: made.vector.tolist() for f, made in record.representations.items()}
+                expected = {f: self.model.vectors.get((user, record.number, f)) for f in ENCODINGS}
+                assert vectors == {f: made[0] for f, made in expected.items() if made}
 
     @invariant()
     def statistics_agree(self) -> None:
         statistics = self.store.statistics()
-        assert statistics.users == len(self.model.cache)
-        assert statistics.behaviors == len(self.model.seen)
+        assert statistics.users == sum(bool(self.model.held_of(user)) for user in USERS)
+        assert statistics.behaviors == sum(len(self.model.held_of(user)) for user in USERS)
         assert statistics.partitions == sum(map(len, self.model.partitions.values()))
-        waiting = Counter(step for *_, step in self.model.open_steps() - self.dead)
+        waiting = Counter(step for _, _, step, _ in self.model.ready_steps())
         assert statistics.pending == {step: waiting[step] for step in STEPS}
-        assert statistics.dead == {step: sum(key[2] == step for key in self.dead) for step in STEPS}
+        dead = Counter(step for _, _, step, _ in self.model.dead)
+        assert statistics.dead == {step: dead[step] for step in STEPS}
+        assert statistics.vectors == Counter(fingerprint for _, _, fingerprint in self.model.vectors)
+        assert statistics.encodings == self.model.wanted
 
 
 # -- the suite ---------------------------------------------------------------------------------------------------------
@@ -377,7 +577,7 @@ class MemoryStoreContract:
         timeline = store.timeline(identity)
         assert timeline is not None
         assert [*timeline.partitions[0].behaviors, *timeline.cache] == behaviors
-        (memory,) = store.read([identity], 20, 1)
+        (memory,) = store.read([identity], 20, 1, "encoder-1")
         assert memory is not None
         assert memory.history == ((identity, 0.1 + 0.2),) * 6
 
@@ -469,14 +669,24 @@ class MemoryStoreContract:
 
     def test_everything_is_there_after_reopening(self, engine: Engine) -> None:
         store = engine.open(Count(5))
-        store.put_items(DOMAIN, [Item("item-1", "One", {"genres": ("a", "b"), "year": 1994, "stars": 4.5})])
-        store.put_profiles({"ann": {"age": 31, "job": "poet"}})
+        store.describe(DOMAIN, [Item("item-1", "One", {"genres": ("a", "b"), "year": 1994, "stars": 4.5})])
+        store.describe(profiles={"ann": {"age": 31, "job": "poet"}})
         store.append(run("ann", 12))
         work_all(store)
-        before = store.timeline("ann"), store.statistics(), store.read(["ann"], 20, 5), store.items(["item-1"])
+        before = (
+            store.timeline("ann"),
+            store.statistics(),
+            store.read(["ann"], 20, 5, "encoder-1"),
+            store.items(["item-1"]),
+        )
         store.close()
         store = engine.open()
-        after = store.timeline("ann"), store.statistics(), store.read(["ann"], 20, 5), store.items(["item-1"])
+        after = (
+            store.timeline("ann"),
+            store.statistics(),
+            store.read(["ann"], 20, 5, "encoder-1"),
+            store.items(["item-1"]),
+        )
         assert repr(after) == repr(before)
         assert store.domain == DOMAIN
 
@@ -485,10 +695,10 @@ class MemoryStoreContract:
     def test_items_and_domain(self, store: MemoryStore) -> None:
         assert store.domain is None
         one, two = Item("1", "One", {"genres": ("a",), "year": 1994}), Item("2", 'Two "II"\x00\n')
-        store.put_items(DOMAIN, [one, two])
+        store.describe(DOMAIN, [one, two])
         assert store.domain == DOMAIN
         assert store.items(["1", "2", "2", "unknown"]) == {"1": one, "2": two}
-        store.put_items(dataclasses.replace(DOMAIN, name="new"), [dataclasses.replace(one, title="Uno")])
+        store.describe(dataclasses.replace(DOMAIN, name="new"), [dataclasses.replace(one, title="Uno")])
         assert store.domain is not None
         assert store.domain.name == "new"
         assert store.items(["1"])["1"].title == "Uno"
@@ -496,14 +706,14 @@ class MemoryStoreContract:
 
     def test_text_that_is_not_utf8_is_refused_whole(self, store: MemoryStore) -> None:
         with pytest.raises(InvalidInputError, match="not valid UTF-8"):
-            store.put_items(DOMAIN, [Item("1", "fine"), Item("2", "broken \ud800")])
+            store.describe(DOMAIN, [Item("1", "fine"), Item("2", "broken \ud800")])
         assert store.domain is None
         assert store.items(["1"]) == {}
 
     def test_profiles(self, store: MemoryStore) -> None:
-        store.put_profiles({"ann": {"age": 31, "tags": ("x", "y")}, "bo": {}})
-        store.put_profiles({"ann": {"age": 32, "tags": ("x", "y")}})
-        (memory,) = store.read(["ann"], 20, 5)
+        store.describe(profiles={"ann": {"age": 31, "tags": ("x", "y")}, "bo": {}})
+        store.describe(profiles={"ann": {"age": 32, "tags": ("x", "y")}})
+        (memory,) = store.read(["ann"], 20, 5, "encoder-1")
         assert memory is not None
         assert memory.profile == {"age": 32, "tags": ("x", "y")}
         assert memory.history == ()
@@ -517,7 +727,7 @@ class MemoryStoreContract:
 
     def test_users_in_the_order_they_came(self, store: MemoryStore) -> None:
         store.append(run("zoe", 1))
-        store.put_profiles({"mia": {"age": 1}})
+        store.describe(profiles={"mia": {"age": 1}})
         store.append([*run("ann", 1), *run("zoe", 1, 1)])
         assert store.users() == ["zoe", "mia", "ann"]
         assert store.statistics().users == 2
@@ -556,11 +766,11 @@ class MemoryStoreContract:
 
         store.commit([make(task) for task in [first, *representations]])
         assert store.claim(STEPS, 9, 60.0) == []
-        (memory,) = store.read(["ann"], 20, 9)
+        (memory,) = store.read(["ann"], 20, 9, "encoder-1")
         assert memory is not None
         assert memory.representations.tolist() == [[1.0] * 4, [2.5] * 4, [3.5] * 4]
         assert memory.representations.dtype == np.float32
-        assert memory.fingerprints == {"encoder-1"}
+        assert memory.foreign == frozenset()
 
     def test_provenance_is_kept(self, store: MemoryStore) -> None:
         store.append(run("ann", 10))
@@ -573,20 +783,16 @@ class MemoryStoreContract:
             "summary", "summary of event-5,event-6,event-7,event-8,event-9", "test", "v1", 10, None, 0.25, 5.0
         )
         assert second.shift is not None
-        assert second.representation is not None
-        assert second.representation.fingerprint == "encoder-1"
-        assert second.representation.vector.tolist() == [2.5] * 4
+        assert list(second.representations) == ["encoder-1"]
+        assert second.representations["encoder-1"].vector.tolist() == [2.5] * 4
 
-    def test_the_oldest_steps_come_first(self, engine: Engine) -> None:
+    def test_the_oldest_steps_of_a_user_come_first(self, engine: Engine) -> None:
         store = engine.open(Count(5))
-        for user in ("zoe", "ann", "mia"):
-            store.append(run(user, 5))
+        for start in (0, 5, 10):
+            store.append(run("ann", 5, start))
             engine.clock.now += 1.0
-        store.commit([make(task) for task in store.claim(["summary"], 1, 60.0)])
-        engine.clock.now += 1.0
-        store.append(run("late", 5))
-        claimed = [(task.user_id, task.step) for task in store.claim(STEPS, 9, 60.0)]
-        assert claimed == [("ann", "summary"), ("mia", "summary"), ("zoe", "representation"), ("late", "summary")]
+        claimed = [store.claim(["summary"], 1, 60.0)[0].number for _ in range(3)]
+        assert claimed == [1, 2, 3]
 
     def test_claim_takes_only_what_is_asked(self, store: MemoryStore) -> None:
         store.append(run("ann", 25))
@@ -609,7 +815,7 @@ class MemoryStoreContract:
         assert store.commit([make(first)]) == Committed(0, 1)
         assert store.commit([make(second)]) == Committed(1, 0)
         assert store.commit([make(second)]) == Committed(0, 1)
-        store.release([first, second], "too late", None)
+        give_back(store, [first, second], "too late", None)
         assert store.statistics().dead["summary"] == 0
 
     def test_an_expired_claim_that_nobody_took_still_counts(self, engine: Engine) -> None:
@@ -622,7 +828,7 @@ class MemoryStoreContract:
     def test_release_waits_then_gives_the_step_again(self, engine: Engine) -> None:
         store = engine.open(Count(5))
         store.append(run("ann", 5))
-        store.release(store.claim(["summary"], 1, 60.0), "no answer", 30.0)
+        give_back(store, store.claim(["summary"], 1, 60.0), "no answer", 30.0)
         assert store.claim(["summary"], 1, 60.0) == []
         assert store.statistics().pending["summary"] == 1
         engine.clock.now += 31.0
@@ -635,16 +841,16 @@ class MemoryStoreContract:
         for _ in range(3):
             (task,) = store.claim(["summary"], 1, 60.0)
             assert task.attempts == 1
-            store.release([task], "nobody there", 0.0, attempted=False)
+            give_back(store, [task], "nobody there", 0.0, attempted=False)
         (task,) = store.claim(["summary"], 1, 60.0)
-        store.release([task], "no answer", 0.0)
+        give_back(store, [task], "no answer", 0.0)
         (task,) = store.claim(["summary"], 1, 60.0)
         assert task.attempts == 2
 
     def test_a_dead_step_is_not_claimed(self, engine: Engine) -> None:
         store = engine.open(Count(5))
         store.append(run("ann", 5))
-        store.release(store.claim(["summary"], 1, 60.0), "broken \ud800 " + "x" * 100_000, None)
+        give_back(store, store.claim(["summary"], 1, 60.0), "broken \ud800 " + "x" * 100_000, None)
         engine.clock.now += 1e9
         assert store.claim(STEPS, 9, 60.0) == []
         assert store.statistics().dead == {"summary": 1, "shift": 0, "representation": 0}
@@ -669,58 +875,161 @@ class MemoryStoreContract:
 
     # re-encoding
 
-    def test_reencode_keeps_the_old_vectors_until_the_new_ones_are_there(self, store: MemoryStore) -> None:
+    def test_two_encodings_lie_side_by_side_until_one_is_not_wanted(self, store: MemoryStore) -> None:
         store.append(run("ann", 15))
+        assert store.encode_by({"encoder-1"}) == 0
         work_all(store)
         before = store.timeline("ann")
-        assert store.reencode("encoder-1") == 0
-        assert store.reencode("encoder-2") == 3
-        tasks = store.claim(STEPS, 9, 60.0)
-        assert [(task.number, task.step) for task in tasks] == [(n, "representation") for n in (1, 2, 3)]
-        (memory,) = store.read(["ann"], 0, 9)
-        assert memory is not None
-        assert memory.fingerprints == {"encoder-1"}
+        assert store.encode_by({"encoder-1", "encoder-2"}) == 3
+        assert store.encode_by({"encoder-1", "encoder-2"}) == 0
+        assert store.statistics().encodings == {"encoder-1", "encoder-2"}
+        assert store.claim(STEPS, 9, 60.0, "encoder-1") == []
+        tasks = store.claim(STEPS, 9, 60.0, "encoder-2")
+        assert [(task.number, task.step, task.fingerprint) for task in tasks] == [
+            (n, "representation", "encoder-2") for n in (1, 2, 3)
+        ]
         store.commit([make(tasks[0], "encoder-2")])
-        (memory,) = store.read(["ann"], 0, 9)
-        assert memory is not None
-        assert memory.fingerprints == {"encoder-1", "encoder-2"}
-        assert memory.representations.shape == (3, 4)
+        (old,), (new,) = store.read(["ann"], 0, 9, "encoder-1"), store.read(["ann"], 0, 9, "encoder-2")
+        assert old is not None
+        assert new is not None
+        assert (old.representations.shape, new.representations.shape) == ((3, 4), (1, 4))
+        assert old.foreign == new.foreign == frozenset()
+        store.append(run("ann", 5, 15))
+        assert work_all(store, STEPS, "encoder-1") == {"summary": 1, "shift": 1, "representation": 1}
         store.commit([make(task, "encoder-2") for task in tasks[1:]])
+        assert work_all(store, STEPS, "encoder-2") == {"representation": 1}
+        assert store.statistics().vectors == {"encoder-1": 4, "encoder-2": 4}
+
+        assert store.encode_by({"encoder-2"}) == 0
+        (old,) = store.read(["ann"], 0, 9, "encoder-1")
+        assert old is not None
+        assert old.representations.shape == (4, 4)
+        store.encode_by({"encoder-2", "encoder-3"})
+        assert store.statistics().vectors == {"encoder-2": 4}
         after = store.timeline("ann")
         assert before is not None
         assert after is not None
-        assert [(r.summary, r.shift) for r in after.partitions] == [(r.summary, r.shift) for r in before.partitions]
-        assert {r.representation.fingerprint for r in after.partitions if r.representation} == {"encoder-2"}
+        assert [(r.summary, r.shift) for r in after.partitions[:3]] == [(r.summary, r.shift) for r in before.partitions]
         assert store.statistics().repeated == 0
 
-    def test_reencode_voids_claims_and_revives_the_dead(self, store: MemoryStore) -> None:
+    def test_vectors_of_another_encoding_are_told_and_never_returned(self, store: MemoryStore) -> None:
         store.append(run("ann", 10))
         work_all(store)
-        store.reencode("encoder-2")
-        dead, held = store.claim(["representation"], 2, 60.0)
-        store.release([dead], "no answer", None)
-        assert store.reencode("encoder-3") == 2
-        assert store.commit([make(held, "encoder-2")]) == Committed(0, 1)
-        assert work_all(store, ["representation"], "encoder-3") == {"representation": 2}
-        assert store.reencode("encoder-3") == 0
+        (memory,) = store.read(["ann"], 5, 5, "encoder-2")
+        assert memory is not None
+        assert memory.representations.shape == (0, 0)
+        assert memory.foreign == {"encoder-1"}
+        store.encode_by({"encoder-1", "encoder-2"})
+        (memory,) = store.read(["ann"], 5, 5, "encoder-2")
+        assert memory is not None
+        assert memory.foreign == frozenset()
 
-    def test_vectors_of_another_length_never_share_a_matrix(self, store: MemoryStore) -> None:
+    def test_encodings_not_wanted_any_more_void_their_claims(self, store: MemoryStore) -> None:
+        store.append(run("ann", 10))
+        store.encode_by({"encoder-1"})
+        work_all(store, TEXT_STEPS)
+        held = store.claim(["representation"], 9, 60.0, "encoder-1")
+        assert store.encode_by({"encoder-2"}) == 2
+        assert store.commit([make(task, "encoder-1") for task in held]) == Committed(0, 2)
+        assert work_all(store, ["representation"], "encoder-2") == {"representation": 2}
+        assert store.statistics().vectors == {"encoder-2": 2}
+
+    def test_a_vector_of_another_encoding_than_wanted_is_refused(self, store: MemoryStore) -> None:
+        store.append(run("ann", 5))
+        store.encode_by({"encoder-1"})
+        work_all(store, TEXT_STEPS)
+        (task,) = store.claim(["representation"], 1, 60.0, "encoder-1")
+        with pytest.raises(InvalidInputError, match="was made by encoder-2 and is wanted of encoder-1"):
+            store.commit([make(task, "encoder-2")])
+        assert store.commit([make(task, "encoder-1")]) == Committed(1, 0)
+
+    # rewriting and dead steps
+
+    def test_rewriting_keeps_the_old_until_the_new_is_there(self, store: MemoryStore) -> None:
         store.append(run("ann", 15))
+        store.append(run("bo", 5))
         work_all(store)
-        store.reencode("encoder-2")
-        first, second, third = store.claim(["representation"], 3, 60.0)
-        for task, shape in ((first, (2, 4)), (third, (2, 6)), (second, (3, 6))):
-            store.commit([Result(task, Representation(np.ones(6, np.float32), "encoder-2"))])
-            (memory,) = store.read(["ann"], 0, 9)
-            assert memory is not None
-            assert (memory.representations.shape, len(memory.fingerprints)) == (shape, 1)
+        assert store.rewrite(writer="nobody") == 0
+        assert store.rewrite(writer="test", prompt_version="v1", user_ids=["ann", "nobody"]) == 3
+        before = store.timeline("ann")
+        assert before is not None
+        assert all(record.summary and record.representations for record in before.partitions)
+        first, second, third = store.claim(STEPS, 9, 60.0)
+        assert {task.step for task in (first, second, third)} == {"summary"}
+
+        def remake(task: Task, text: str) -> Result:
+            kind = "shift" if task.step == "shift" else "summary"
+            return Result(task, Text(kind, text, "better", "v2", 1, 1, 0.1, 6.0))
+
+        store.commit([remake(second, "new 2")])
+        assert store.claim(STEPS, 9, 60.0) == []
+        store.commit([remake(first, "new 1")])
+        tasks = store.claim(STEPS, 9, 60.0)
+        assert [(task.number, task.step) for task in tasks] == [(2, "shift"), (1, "representation")] or [
+            (task.number, task.step) for task in tasks
+        ] == [(1, "representation"), (2, "shift")]
+        shift = next(task for task in tasks if task.step == "shift")
+        assert (shift.previous, shift.summary) == ("new 1", "new 2")
+        store.commit([remake(shift, "shift 2"), remake(third, "new 3")])
+        store.commit([make(task) for task in tasks if task.step == "representation"])
+        rest = work_all(store)
+        assert rest == {"shift": 1, "representation": 2}
+        after = store.timeline("ann")
+        assert after is not None
+        assert [r.summary.text for r in after.partitions if r.summary] == ["new 1", "new 2", "new 3"]
+        assert store.statistics().vectors == {"encoder-1": 4}
+
+    def test_rewriting_shifts_alone(self, store: MemoryStore) -> None:
+        store.append(run("ann", 15))
+        store.commit([make(task) for task in store.claim(["summary"], 9, 60.0)])
+        shifts = store.claim(["shift"], 9, 60.0)
+        store.commit([Result(task, Text("shift", "poor", "poor", "v0", 1, 1, 0.1, 1.0)) for task in shifts])
+        work_all(store)
+        assert store.rewrite(writer="poor") == 2
+        assert work_all(store) == {"shift": 2, "representation": 2}
+
+    def test_a_claim_on_what_is_rewritten_is_void(self, store: MemoryStore) -> None:
+        store.append(run("ann", 10))
+        store.commit([make(task) for task in store.claim(["summary"], 9, 60.0)])
+        (shift,) = store.claim(["shift"], 9, 60.0)
+        assert store.rewrite(user_ids=["ann"]) == 2
+        assert store.commit([make(shift)]) == Committed(0, 1)
+        assert work_all(store) == {"summary": 2, "shift": 1, "representation": 2}
+
+    def test_the_dead_are_listed_and_revived(self, store: MemoryStore) -> None:
+        store.append([*run("ann", 5), *run("bo", 5)])
+        give_back(store, store.claim(["summary"], 9, 60.0), "the writer says no", None)
+        dead = sorted(store.dead(), key=lambda step: step.user_id)
+        assert dead == [
+            DeadStep("ann", 1, "summary", 1, "the writer says no"),
+            DeadStep("bo", 1, "summary", 1, "the writer says no"),
+        ]
+        assert len(store.dead(1)) == 1
+        assert store.revive() == 2
+        assert store.dead() == []
+        assert {task.attempts for task in store.claim(["summary"], 9, 60.0)} == {1}
+        assert store.revive() == 0
+
+    def test_a_renewed_claim_is_not_taken_over(self, engine: Engine) -> None:
+        store = engine.open(Count(5))
+        store.append(run("ann", 10))
+        first, second = store.claim(["summary"], 2, 60.0)
+        engine.clock.now += 50.0
+        assert store.renew([first], 60.0) == []
+        engine.clock.now += 50.0
+        (taken,) = store.claim(["summary"], 9, 60.0)
+        assert taken.number == second.number
+        assert store.renew([first, second], 60.0) == [second]
+        assert store.commit([make(first), make(second)]) == Committed(1, 1)
+        assert store.renew([first], 60.0) == [first]
+        assert store.renew([], 60.0) == []
 
     # reading
 
     def test_read_keeps_the_order_asked_for(self, store: MemoryStore) -> None:
         store.append([*run("ann", 3), *run("bo", 13)])
         work_all(store)
-        nobody, bo, ann, again = store.read(["nobody", "bo", "ann", "bo"], 4, 1)
+        nobody, bo, ann, again = store.read(["nobody", "bo", "ann", "bo"], 4, 1, "encoder-1")
         assert nobody is None
         assert ann is not None
         assert bo is not None
@@ -728,9 +1037,9 @@ class MemoryStoreContract:
         assert bo.history == again.history == tuple((b.item_id, b.feedback) for b in run("bo", 4, 9))
         assert len(ann.history) == 3
         assert ann.representations.shape == (0, 0)
-        assert ann.fingerprints == frozenset()
+        assert ann.foreign == frozenset()
         assert bo.representations.tolist() == [[2.5] * 4]
-        assert store.read([], 4, 1) == []
+        assert store.read([], 4, 1, "encoder-1") == []
 
     def test_read_never_waits_for_a_writer(self, store: MemoryStore) -> None:
         """A condition that blocks inside `append` holds the write; readers go on."""
@@ -750,11 +1059,11 @@ class MemoryStoreContract:
         thread = threading.Thread(target=slow.append, args=(run("ann", 4),))
         thread.start()
         assert writing.wait(20)
-        assert slow.read(["ann"], 5, 5) == [None]
+        assert slow.read(["ann"], 5, 5, "encoder-1") == [None]
         assert slow.users() == []
         finish.set()
         thread.join()
-        (memory,) = slow.read(["ann"], 5, 5)
+        (memory,) = slow.read(["ann"], 5, 5, "encoder-1")
         assert memory is not None
         assert len(memory.history) == 4
 
@@ -769,12 +1078,12 @@ class MemoryStoreContract:
 
     def test_forget_leaves_nothing(self, store: MemoryStore) -> None:
         store.append([*run("ann", 12), *run("bo", 12)])
-        store.put_profiles({"ann": {"age": 31}})
+        store.describe(profiles={"ann": {"age": 31}})
         work_all(store)
         store.append(run("ann", 5, 12))
         assert store.forget("ann") == Forgotten(17, 3)
         assert store.timeline("ann") is None
-        assert store.read(["ann"], 5, 5) == [None]
+        assert store.read(["ann"], 5, 5, "encoder-1") == [None]
         assert store.users() == ["bo"]
         assert store.claim(STEPS, 9, 60.0) == []
         statistics = store.statistics()
@@ -792,17 +1101,109 @@ class MemoryStoreContract:
             store.append(run("ann", 10))
             assert len(store.claim(["summary"], 2, 60.0)) == 2
         assert store.commit([make(task) for task in tasks]) == Committed(0, 2)
-        store.release(tasks, "late", 0.0)
+        give_back(store, tasks, "late", 0.0)
         timeline = store.timeline("ann")
         assert (timeline is not None) == comes_back
         assert timeline is None or all(record.summary is None for record in timeline.partitions)
         assert store.claim(STEPS, 9, 60.0) == []
 
     def test_forget_a_user_with_a_profile_only(self, store: MemoryStore) -> None:
-        store.put_profiles({"ann": {"age": 31}})
+        store.describe(profiles={"ann": {"age": 31}})
         assert store.forget("ann") == Forgotten(0, 0)
         assert store.users() == []
         assert store.statistics().users == 0
+
+    # erasing one behavior
+
+    def test_erasing_an_event_remakes_what_was_made_from_it_and_nothing_else(self, store: MemoryStore) -> None:
+        store.append(run("ann", 21))
+        work_all(store)
+        before = store.timeline("ann")
+        assert store.forget("ann", "event-7") == Forgotten(1, 0)
+        timeline = store.timeline("ann")
+        assert before is not None
+        assert timeline is not None
+        assert [b.event_id for b in timeline.partitions[1].behaviors] == ["event-5", "event-6", "event-8", "event-9"]
+        assert [bool(record.summary) for record in timeline.partitions] == [True, False, True, True]
+        assert [bool(record.shift) for record in timeline.partitions] == [False, False, False, True]
+        assert [bool(record.representations) for record in timeline.partitions] == [True, False, False, True]
+        assert "event-7" not in repr(timeline)
+        assert store.statistics().behaviors == 20
+        assert work_all(store) == {"summary": 1, "shift": 2, "representation": 2}
+        after = store.timeline("ann")
+        assert after is not None
+        assert repr(after.partitions[0]) == repr(before.partitions[0])
+        assert repr(after.partitions[3]) == repr(before.partitions[3])
+        assert "event-7" not in repr(after)
+
+    def test_an_erased_event_does_not_come_back(self, store: MemoryStore) -> None:
+        store.append(run("ann", 7))
+        assert store.forget("ann", "event-6") == Forgotten(1, 0)
+        assert store.forget("ann", "event-3") == Forgotten(1, 0)
+        assert store.append(run("ann", 7)) == Appended(0, 7, 0)
+        timeline = store.timeline("ann")
+        assert timeline is not None
+        assert [b.event_id for b in timeline.cache] == ["event-5"]
+        assert store.forget("ann", "event-6") == Forgotten(0, 0)
+        assert store.forget("ann", "never") == Forgotten(0, 0)
+        assert store.forget("nobody", "event-1") == Forgotten(0, 0)
+
+    def test_a_late_worker_cannot_bring_an_erased_event_back(self, store: MemoryStore) -> None:
+        store.append(run("ann", 10))
+        first, second = store.claim(["summary"], 9, 60.0)
+        store.forget("ann", "event-1")
+        assert store.commit([make(first), make(second)]) == Committed(1, 1)
+        (again,) = store.claim(["summary"], 9, 60.0)
+        assert [b.event_id for b in again.behaviors] == ["event-0", "event-2", "event-3", "event-4"]
+        store.commit([make(again)])
+        (shift,) = store.claim(["shift"], 9, 60.0)
+        store.forget("ann", "event-0")
+        assert store.commit([make(shift)]) == Committed(0, 1)
+
+    def test_a_partition_may_lose_all_its_behaviors(self, store: MemoryStore) -> None:
+        store.append(run("ann", 15))
+        work_all(store)
+        for number in range(5, 10):
+            assert store.forget("ann", f"event-{number}") == Forgotten(1, 0)
+        timeline = store.timeline("ann")
+        assert timeline is not None
+        assert timeline.partitions[1].behaviors == ()
+        assert work_all(store) == {"representation": 1}
+        timeline = store.timeline("ann")
+        assert timeline is not None
+        assert (timeline.partitions[1].summary, timeline.partitions[2].shift) == (None, None)
+        (memory,) = store.read(["ann"], 20, 9, "encoder-1")
+        assert memory is not None
+        assert memory.representations.tolist() == [[1.0] * 4, [3.0] * 4]
+        assert len(memory.history) == 10
+        assert store.append(run("ann", 5, 15)) == Appended(5, 0, 1)
+        assert work_all(store) == {"summary": 1, "shift": 1, "representation": 1}
+
+    def test_a_user_whose_last_behavior_is_erased_can_return(self, store: MemoryStore) -> None:
+        store.append(run("ann", 1))
+        store.forget("ann", "event-0")
+        assert (store.statistics().users, store.statistics().behaviors) == (0, 0)
+        assert store.append(run("ann", 2)) == Appended(1, 1, 0)
+        assert (store.statistics().users, store.statistics().behaviors) == (1, 1)
+
+    # marks
+
+    def test_a_mark_is_kept_with_its_behaviors_and_never_goes_back(self, store: MemoryStore) -> None:
+        assert store.position("log") == 0
+        store.append(run("ann", 2), Mark("log", 10))
+        store.append([], Mark("other", 3))
+        store.append(run("ann", 1, 2), Mark("log", 7))
+        assert (store.position("log"), store.position("other")) == (10, 3)
+
+    # bad input
+
+    def test_the_future_is_refused_whole(self, store: MemoryStore) -> None:
+        ahead = Behavior("ann", "item", 1.0, time.time() + 3 * 86_400, "late")
+        with pytest.raises(InvalidInputError, match="of user 'ann' lies in the future"):
+            store.append([behavior("bo", 1), ahead], Mark("log", 1))
+        assert store.users() == []
+        assert store.position("log") == 0
+        assert store.append([Behavior("ann", "item", 1.0, time.time() + 3600)]) == Appended(1, 0, 0)
 
     # concurrency
 
@@ -889,7 +1290,7 @@ class MemoryStoreContract:
         store.close()
         for use in (
             lambda: store.append(run("ann", 1)),
-            lambda: store.read(["ann"], 1, 1),
+            lambda: store.read(["ann"], 1, 1, "encoder-1"),
             lambda: store.claim(STEPS, 1, 1.0),
             lambda: store.forget("ann"),
             store.statistics,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import multiprocessing
 import os
 import resource
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,10 +16,11 @@ import numpy as np
 import pytest
 
 from liber_runtime.behavior import Behavior, Text
-from liber_runtime.exceptions import StoreError
-from liber_runtime.memory import STEPS, Appended, Representation, Result, open_store
-from liber_runtime.memory import sqlite as engine
+from liber_runtime.exceptions import InvalidInputError, StoreError
+from liber_runtime.memory import STEPS, Appended, Forgotten, Representation, Result, open_store
+from liber_runtime.memory.packing import pack
 from liber_runtime.memory.sqlite import SQLiteStore
+from liber_runtime.memory.sqlite import file as engine
 from liber_runtime.partition import Count
 
 
@@ -69,7 +72,7 @@ def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_file_is_durable_and_overwrites_what_it_deletes(store: SQLiteStore) -> None:
     settings = {
-        name: store._writer.execute(f"PRAGMA {name}").fetchone()[0]
+        name: store._file._writer.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous", "secure_delete", "foreign_keys")
     }
     assert settings == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1, "foreign_keys": 1}
@@ -81,7 +84,7 @@ def test_a_newer_version_is_refused_untouched(path: Path) -> None:
         db.execute("PRAGMA user_version = 99")
     db.close()
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"schema version 99, this liber-runtime knows up to 1; upgrade liber-runtime"):
+    with pytest.raises(StoreError, match=r"schema version 99, this liber-runtime knows up to 2; upgrade liber-runtime"):
         SQLiteStore(str(path))
     assert path.read_bytes() == before
 
@@ -123,7 +126,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, make: Callable[
 
 
 def test_a_file_that_may_only_be_read_is_named(store: SQLiteStore) -> None:
-    store._writer.execute("PRAGMA query_only = ON")
+    store._file._writer.execute("PRAGMA query_only = ON")
     with pytest.raises(StoreError, match="attempt to write a readonly database; make the file and its directory"):
         store.append(run("ann", 1))
     assert store.users() == []
@@ -144,8 +147,12 @@ def test_a_damaged_file_is_named(path: Path) -> None:
 def test_a_locked_file_is_named(store: SQLiteStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "BUSY_SECONDS", 0.05)
     other = SQLiteStore(str(path))
-    with store._write(), pytest.raises(StoreError, match="database is locked; another process writes without pause"):
+    writing = sqlite3.connect(path, isolation_level=None)
+    writing.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreError, match="database is locked; another process writes without pause"):
         other.append(run("ann", 1))
+    writing.execute("ROLLBACK")
+    writing.close()
     assert other.append(run("ann", 1)) == Appended(1, 0, 0)
     other.close()
 
@@ -183,6 +190,94 @@ def test_a_failed_migration_changes_nothing(path: Path, tmp_path: Path, monkeypa
         assert db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
         assert db.execute("PRAGMA user_version").fetchone() == (0,)
     db.close()
+
+
+def test_a_store_of_the_first_schema_is_brought_up_to_date(path: Path) -> None:
+    """What version 1 kept, written by hand as it wrote it, is there in the newest version."""
+    script = importlib.resources.files("liber_runtime.memory.sqlite") / "migrations/0001_initial.sql"
+    with sqlite3.connect(path) as db:
+        db.executescript(script.read_text())
+        db.execute("PRAGMA user_version = 1")
+        db.execute("PRAGMA application_id = 0x4C494252")
+        db.execute("INSERT INTO settings VALUES ('condition', 'count(5)')")
+        behaviors = run("ann", 7)
+        db.execute("INSERT INTO users VALUES (1, 'ann', '{\"age\": 31}', 1, ?, ?, ?, ?)", pack(behaviors[5:]))
+        db.executemany("INSERT INTO events VALUES (1, ?)", [(one.event_id,) for one in behaviors])
+        db.execute("INSERT INTO partitions VALUES (1, 1, ?, ?, ?, ?)", pack(behaviors[:5]))
+        db.execute("INSERT INTO texts VALUES (1, 1, 'summary', 'text', 'w', 'v', NULL, NULL, 0.1, 5.0)")
+        db.execute("INSERT INTO representations VALUES (1, 1, ?, 'old')", (np.ones(4, "<f4").tobytes(),))
+        db.execute("INSERT INTO steps (user, number, step, due) VALUES (1, 1, 'representation', 0)")
+        db.execute("UPDATE counters SET value = 1 WHERE name IN ('users', 'partitions')")
+        db.execute("UPDATE counters SET value = 7 WHERE name = 'behaviors'")
+    db.close()
+    store = SQLiteStore(str(path))
+    timeline = store.timeline("ann")
+    assert timeline is not None
+    assert (*timeline.partitions[0].behaviors, *timeline.cache) == tuple(behaviors)
+    (memory,) = store.read(["ann"], 9, 9, "old")
+    assert memory is not None
+    assert memory.representations.tolist() == [[1.0] * 4]
+    assert store.append(behaviors) == Appended(0, 7, 0)
+    assert store.statistics().vectors == {"old": 1}
+    assert [task.step for task in store.claim(STEPS, 9, 60.0)] == ["representation"]
+    assert store.forget("ann") == Forgotten(7, 1)
+    assert store.statistics().users == 0
+    with store._file.read() as db:
+        assert db.execute("PRAGMA foreign_key_check").fetchall() == []
+    store.close()
+
+
+# -- group commit ----------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_wait_share_a_transaction(store: SQLiteStore) -> None:
+    """While one write holds the turn others line up; they are then committed together, each all or nothing."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(db: sqlite3.Connection) -> None:
+        inside.set()
+        assert go_on.wait(20)
+
+    transactions: list[str] = []
+    first = threading.Thread(target=store._file.write, args=(hold,))
+    first.start()
+    assert inside.wait(20)
+    outcomes: dict[int, object] = {}
+
+    def append(number: int) -> None:
+        def work(db: sqlite3.Connection) -> int:
+            db.execute("INSERT INTO marks VALUES (?, ?)", (f"log {number}", number))
+            if number == 3:
+                raise InvalidInputError("no")
+            return number
+
+        try:
+            outcomes[number] = store._file.write(work)
+        except InvalidInputError as error:
+            outcomes[number] = str(error)
+
+    others = [threading.Thread(target=append, args=(number,)) for number in range(8)]
+    for thread in others:
+        thread.start()
+    while len(store._file._waiting) < 8:
+        time.sleep(0.001)
+    store._file._writer.set_trace_callback(transactions.append)
+    go_on.set()
+    for thread in [first, *others]:
+        thread.join()
+    store._file._writer.set_trace_callback(None)
+    assert outcomes == {**{n: n for n in range(8)}, 3: "no"}
+    assert [store.position(f"log {n}") for n in range(8)] == [0, 1, 2, 0, 4, 5, 6, 7]
+    assert [statement for statement in transactions if statement in ("BEGIN IMMEDIATE", "COMMIT")] == [
+        "COMMIT",
+        "BEGIN IMMEDIATE",
+        "COMMIT",
+    ]
+
+
+def test_a_million_behaviors_in_one_call(store: SQLiteStore) -> None:
+    behaviors = [Behavior(f"user-{n % 1000}", "item", 4.0, 1e9 + n, str(n)) for n in range(1_000_000)]
+    assert store.append(behaviors) == Appended(1_000_000, 0, 50_000)
 
 
 # -- a full disk -----------------------------------------------------------------------------------------------------
@@ -223,8 +318,8 @@ def test_a_file_that_cannot_grow_keeps_all_or_nothing(path: Path) -> None:
 
 
 def test_a_full_database_says_so(store: SQLiteStore) -> None:
-    (pages,) = store._writer.execute("PRAGMA page_count").fetchone()
-    store._writer.execute(f"PRAGMA max_page_count = {pages + 5}")
+    (pages,) = store._file._writer.execute("PRAGMA page_count").fetchone()
+    store._file._writer.execute(f"PRAGMA max_page_count = {pages + 5}")
     with pytest.raises(StoreError, match="database or disk is full; make room on the disk and repeat the call"):
         store.append(run("ann", 5000))
     assert store.users() == []
@@ -257,7 +352,7 @@ def test_forget_does_not_wait_for_a_reader_for_ever(
     store: SQLiteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.append(run("ann", 5))
-    with store._read() as reader:
+    with store._file.read() as reader:
         assert reader.execute("SELECT count(*) FROM users").fetchone() == (1,)
         assert store.forget("ann").behaviors == 5
         assert reader.execute("SELECT count(*) FROM users").fetchone() == (1,)
@@ -286,12 +381,12 @@ def instructions(connection: sqlite3.Connection, call: Callable[[], object]) -> 
 def test_costs_do_not_grow_with_a_users_history(store: SQLiteStore) -> None:
     store.append([*run("new", 105), *run("old", 20_005)])
     work_all(store)
-    store.read(["new"], 20, 5)
-    (reader,) = store._idle_readers
-    read = [instructions(reader, lambda user=user: store.read([user], 50, 5)) for user in ("new", "old")]
+    store.read(["new"], 20, 5, "encoder")
+    (reader,) = store._file._idle_readers
+    read = [instructions(reader, lambda user=user: store.read([user], 50, 5, "encoder")) for user in ("new", "old")]
     assert read[0] == read[1]
     append = [
-        instructions(store._writer, lambda user=user, start=start: store.append(run(user, 1, start)))
+        instructions(store._file._writer, lambda user=user, start=start: store.append(run(user, 1, start)))
         for user, start in (("new", 105), ("old", 20_005))
     ]
     assert append[0] == append[1]
@@ -299,9 +394,9 @@ def test_costs_do_not_grow_with_a_users_history(store: SQLiteStore) -> None:
 
 def test_a_claim_does_not_look_at_the_steps_it_leaves(store: SQLiteStore) -> None:
     store.append(run("ann", 20 * 50))
-    few = instructions(store._writer, lambda: store.claim(["summary"], 10, 60.0))
+    few = instructions(store._file._writer, lambda: store.claim(["summary"], 10, 60.0))
     store.append(run("bo", 20 * 5000))
-    many = instructions(store._writer, lambda: store.claim(["summary"], 10, 60.0))
+    many = instructions(store._file._writer, lambda: store.claim(["summary"], 10, 60.0))
     assert many < 1.2 * few
 
 
@@ -330,7 +425,7 @@ def test_close_lets_a_read_in_another_thread_end(store: SQLiteStore) -> None:
     found: list[object] = []
 
     def read() -> None:
-        with store._read() as db:
+        with store._file.read() as db:
             inside.set()
             closed.wait(20)
             found.append(db.execute("SELECT count(*) FROM events").fetchone())
@@ -343,7 +438,7 @@ def test_close_lets_a_read_in_another_thread_end(store: SQLiteStore) -> None:
     thread.join()
     assert found == [(5,)]
     with pytest.raises(StoreError, match="closed"):
-        store.read(["ann"], 1, 1)
+        store.read(["ann"], 1, 1, "encoder")
 
 
 def test_readers_are_reused(store: SQLiteStore) -> None:
@@ -352,4 +447,4 @@ def test_readers_are_reused(store: SQLiteStore) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 1 <= len(store._idle_readers) <= 4
+    assert 1 <= len(store._file._idle_readers) <= 4

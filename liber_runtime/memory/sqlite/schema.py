@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 from liber_runtime.exceptions import StoreError
+from liber_runtime.memory.packing import event_digest
 
 BUSY_SECONDS = 30.0
 """How long a write waits for another process's write before it gives up."""
@@ -35,10 +36,14 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
     Raises:
         StoreError: the file is another program's, or a newer version made it.
     """
-    folder = importlib.resources.files("liber_runtime.memory") / "migrations"
+    folder = importlib.resources.files("liber_runtime.memory.sqlite") / "migrations"
     scripts = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".sql")), key=lambda entry: entry.name)
     if _checked_version(db, path, len(scripts)) == len(scripts):
         return
+    db.create_function("event_digest", 1, event_digest, deterministic=True)
+    # Tables are made anew under their old names, which no reference may follow.
+    db.execute("PRAGMA legacy_alter_table = ON")
+    db.execute("PRAGMA foreign_keys = OFF")
     db.execute("BEGIN IMMEDIATE")
     try:
         # Again, now that no other process can be at it.
@@ -53,6 +58,9 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+    finally:
+        db.execute("PRAGMA legacy_alter_table = OFF")
+        db.execute("PRAGMA foreign_keys = ON")
 
 
 def _checked_version(db: sqlite3.Connection, path: str, newest: int) -> int:
