@@ -23,7 +23,7 @@ from bench.workload import Source, describe, fill
 from liber_runtime.behavior import Behavior
 from liber_runtime.exceptions import LiberError
 from liber_runtime.memory import MemoryStore, open_store
-from liber_runtime.memory.packing import pack, unpack
+from liber_runtime.memory.packing import event_digest, pack, unpack
 from liber_runtime.partition import Count, stream
 
 CONDITION = Count(20)
@@ -127,6 +127,7 @@ class _Held(NamedTuple):
     """What the bare loop knows of a user before the next append."""
 
     user: int
+    behaviors: int
     partitions: int
     cache: list[Behavior]
 
@@ -149,9 +150,9 @@ class BareSQLite:
         ):
             self._db.execute(f"PRAGMA {pragma}").fetchall()
         self._held = {
-            user_id: _Held(user, partitions, unpack(user_id, *cache))
-            for user, user_id, partitions, *cache in self._db.execute(
-                "SELECT user, user_id, partitions, item_ids, feedback, timestamps, event_ids FROM users"
+            user_id: _Held(user, behaviors, partitions, unpack(user_id, *cache))
+            for user, user_id, behaviors, partitions, *cache in self._db.execute(
+                "SELECT user, user_id, behaviors, partitions, item_ids, feedback, timestamps, event_ids FROM users"
             )
         }
 
@@ -165,15 +166,17 @@ class BareSQLite:
             arriving.setdefault(behavior.user_id, []).append(behavior)
         rows = _Rows([], [], [], [], [])
         for user_id, fresh in arriving.items():
-            user, number, cache = self._held[user_id]
+            user, behaviors_before, number, cache = self._held[user_id]
             streamed = stream(CONDITION, cache, fresh, lambda: ())
             for at, cut in enumerate(streamed.partitions, number + 1):
                 rows.partitions.append((user, at, *pack(cut)))
                 rows.steps.append((user, at, time.time()))
             number += len(streamed.partitions)
-            rows.events.extend((user, event_id) for event_id in sorted(behavior.event_id for behavior in fresh))
-            rows.caches.append((number, *pack(streamed.cache), user))
-            self._held[user_id] = _Held(user, number, list(streamed.cache))
+            held = behaviors_before + len(fresh)
+            digests = sorted(event_digest(behavior.event_id) for behavior in fresh)
+            rows.events.extend((user, digest) for digest in digests)
+            rows.caches.append((held, number, *pack(streamed.cache), user))
+            self._held[user_id] = _Held(user, held, number, list(streamed.cache))
         rows.counters.extend([(len(behaviors), "behaviors"), (len(rows.partitions), "partitions")])
         return rows
 
@@ -187,8 +190,8 @@ class BareSQLite:
             db.executemany("INSERT INTO partitions VALUES (?, ?, ?, ?, ?, ?)", rows.partitions)
             db.executemany("INSERT INTO steps (user, number, step, due) VALUES (?, ?, 'summary', ?)", rows.steps)
             db.executemany(
-                "UPDATE users SET partitions = ?, item_ids = ?, feedback = ?, timestamps = ?, event_ids = ?"
-                " WHERE user = ?",
+                "UPDATE users SET behaviors = ?, partitions = ?, item_ids = ?, feedback = ?, timestamps = ?,"
+                " event_ids = ? WHERE user = ?",
                 rows.caches,
             )
             db.executemany("UPDATE counters SET value = value + ? WHERE name = ?", rows.counters)
@@ -199,10 +202,10 @@ class BareSQLite:
         """See `Bare.check`: the tables of both files, but for the times in them."""
         self._db.execute("ATTACH ? AS beside", (str(self._beside),))
         for table, columns in (
-            ("users", "user, user_id, profile, partitions, item_ids, feedback, timestamps, event_ids"),
-            ("events", "user, event_id"),
+            ("users", "user, user_id, profile, behaviors, partitions, item_ids, feedback, timestamps, event_ids"),
+            ("events", "user, digest"),
             ("partitions", "user, number, item_ids, feedback, timestamps, event_ids"),
-            ("steps", "user, number, step"),
+            ("steps", "user, number, step, encoding"),
             ("counters", "name, value"),
         ):
             for one, other in (("main", "beside"), ("beside", "main")):

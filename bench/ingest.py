@@ -12,7 +12,7 @@ less, to see that it works. Every figure is taken in this process, appends and r
 - ``append_one``: one behavior in an append, ``threads`` at once.
 - ``score_read``, ``score_read_32``: `MemoryStore.read` with history=20, partitions=40 of one user and of 32 drawn out
   of 2,000 with 100 to 300 behaviors each, vectors float32[32]. ``ratio_to_one`` is median over median.
-- ``append_one`` and ``score_read`` with ``flat``: of one user with ``history`` behaviors, in the same store, sizes drawn
+- ``append_one`` and ``score_read`` with ``flat``: of one user with ``history`` behaviors, in the same store, the sizes
   in random order; all partitions have their texts and vectors. ``ratio_to_shortest`` is the median over the median of
   the shortest history. ``plot`` draws them (SVG).
 - ``worker_noop``: a worker whose writer and encoder answer at once, from a queue of partitions to an empty one:

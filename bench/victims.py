@@ -248,6 +248,10 @@ class DigestEncoder:
         """See `Encoder.encode`."""
         return Encoded(np.stack([vector_of(*pair) for pair in texts]), FINGERPRINT)
 
+    async def fingerprint(self) -> str:
+        """See `Encoder.fingerprint`."""
+        return FINGERPRINT
+
 
 class _NotingStore:
     """A store that notes each result after it was kept; all else is the store's own."""

@@ -115,3 +115,7 @@ class NoopEncoder:
     async def encode(self, texts: Sequence[tuple[str, str]]) -> Encoded:
         """See `Encoder.encode`."""
         return Encoded(np.zeros((len(texts), DIMENSION), dtype=np.float32), FINGERPRINT)
+
+    async def fingerprint(self) -> str:
+        """See `Encoder.fingerprint`."""
+        return FINGERPRINT
