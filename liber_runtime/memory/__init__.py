@@ -29,6 +29,9 @@ from liber_runtime.partition import PartitionCondition
 Step: TypeAlias = Literal["summary", "shift", "representation"]
 """What a partition still needs, in this order; a first partition needs no shift."""
 
+MAX_SHARDS = 64
+"""Of a SQLite store: each shard is a file with connections of its own."""
+
 STEPS: tuple[Step, ...] = ("summary", "shift", "representation")
 
 
@@ -391,7 +394,8 @@ def open_store(url: str, condition: PartitionCondition | None = None, *, create:
     """Opens, or makes, the store at `url`.
 
     Args:
-        url: ``sqlite:///relative/path.db`` or ``sqlite:////absolute/path.db``.
+        url: ``sqlite:///relative/path.db`` or ``sqlite:////absolute/path.db``, with ``?shards=N`` for N files that
+            share the users.
         condition: when the cache is cut. Fixed when the store is made (default ``count(20)``, the paper's K);
             afterwards None takes the store's own.
         create: make the store if it is missing. What only reads or erases says no, lest a mistyped path become one.
@@ -402,12 +406,33 @@ def open_store(url: str, condition: PartitionCondition | None = None, *, create:
     """
     scheme, separator, rest = url.partition("://")
     if scheme == "sqlite" and separator and rest.startswith("/") and rest != "/":
-        from liber_runtime.memory.sqlite import SQLiteStore
-
-        if not create and not Path(rest[1:]).exists():
-            raise ConfigurationError(
-                f"there is no store {url}; name another with --store or LIBER_STORE, or make one with `liber ingest` "
-                "or `liber build`"
-            )
-        return SQLiteStore(rest[1:], condition)
+        return _open_sqlite(url, rest[1:], condition, create)
     raise ConfigurationError(f"store {url!r} is not understood; write sqlite:///path/to/memory.db")
+
+
+def _open_sqlite(url: str, place: str, condition: PartitionCondition | None, create: bool) -> MemoryStore:
+    from liber_runtime.memory.sharded import ShardedStore, shard_paths
+    from liber_runtime.memory.sqlite import SQLiteStore
+
+    path, _, query = place.partition("?")
+    shards = query.removeprefix("shards=")
+    if query and (shards == query or not shards.isdecimal() or not 1 <= int(shards) <= MAX_SHARDS):
+        raise ConfigurationError(
+            f"store {url!r}: {query!r} is not understood; write ?shards=N, N from 1 to {MAX_SHARDS}"
+        )
+    paths = shard_paths(path, int(shards)) if shards else [path]
+    if not create and not Path(paths[0]).exists():
+        raise ConfigurationError(
+            f"there is no store {url}; name another with --store or LIBER_STORE, or make one with `liber ingest` "
+            "or `liber build`"
+        )
+    if not shards:
+        return SQLiteStore(path, condition)
+    opened: list[SQLiteStore] = []
+    try:
+        opened += (SQLiteStore(each, condition) for each in paths)
+    except BaseException:
+        for store in opened:
+            store.close()
+        raise
+    return ShardedStore(opened)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from liber_runtime.behavior import Behavior, Text
-from liber_runtime.exceptions import InvalidInputError, StoreError
+from liber_runtime.exceptions import ConfigurationError, InvalidInputError, StoreError
 from liber_runtime.memory import STEPS, Appended, Forgotten, Representation, Result, open_store
 from liber_runtime.memory.packing import pack
 from liber_runtime.memory.sqlite import SQLiteStore
@@ -448,3 +448,42 @@ def test_readers_are_reused(store: SQLiteStore) -> None:
     for thread in threads:
         thread.join()
     assert 1 <= len(store._file._idle_readers) <= 4
+
+
+# -- shards ----------------------------------------------------------------------------------------------------------
+
+
+def test_users_are_shared_out_over_the_files(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/memory.db?shards=4"
+    store = open_store(url, Count(5))
+    store.append([b for n in range(100) for b in run(f"user-{n}", 3)])
+    store.close()
+    files = sorted(tmp_path.glob("memory.db.*of4"))
+    assert [file.name for file in files] == [f"memory.db.{n}of4" for n in (1, 2, 3, 4)]
+    opened = [SQLiteStore(str(file)) for file in files]
+    held = [len(one.users()) for one in opened]
+    for one in opened:
+        one.close()
+    assert sum(held) == 100
+    assert min(held) > 10
+    again = open_store(url, create=False)
+    assert again.statistics().behaviors == 300
+    again.close()
+
+
+def test_another_number_of_shards_is_refused(tmp_path: Path) -> None:
+    open_store(f"sqlite:///{tmp_path}/memory.db?shards=4").close()
+    with pytest.raises(ConfigurationError, match=r"was made with 4 shards and not 3; open it with \?shards=4"):
+        open_store(f"sqlite:///{tmp_path}/memory.db?shards=3")
+    for wrong in ("shards=0", "shards=many", "shard=2", "shards=65"):
+        with pytest.raises(ConfigurationError, match=r"is not understood; write \?shards=N"):
+            open_store(f"sqlite:///{tmp_path}/other.db?{wrong}")
+    with pytest.raises(ConfigurationError, match="there is no store"):
+        open_store(f"sqlite:///{tmp_path}/missing.db?shards=2", create=False)
+
+
+def test_users_come_in_the_order_they_first_came(store: SQLiteStore) -> None:
+    store.append(run("zoe", 1))
+    store.describe(profiles={"mia": {"age": 1}})
+    store.append([*run("ann", 1), *run("zoe", 1, 1)])
+    assert store.users() == ["zoe", "mia", "ann"]
