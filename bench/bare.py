@@ -1,23 +1,24 @@
 """The least that the same writes cost: a bare loop over the engine, without LIBER's Python.
 
-A ground makes stores to measure, and twins: a store, and a bare loop beside it on a copy of its data. For every append
-the loop is given the very rows that the store will write, made and packed before any clock runs: it knows beforehand
-which behaviors are new, which users exist, what is in their caches and where partitions are cut. While it is timed it
-only hands rows to the engine, in the same transactions, with the same settings. Afterwards both must hold the same, row
-by row; otherwise there is no figure.
+A ground makes stores to measure, and twins: a store, and a bare loop beside it on a copy of its data. On SQLite the loop
+is given, for every append, the very rows that the store will write, made and packed before any clock runs: it knows
+beforehand which behaviors are new, which users exist, what is in their caches and where partitions are cut. While it is
+timed it only hands rows to the engine, in the same transactions, with the same settings. Afterwards both must hold the
+same, row by row; otherwise there is no figure. For Redis see `bench.bare_redis`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from bench.workload import Source, describe, fill
 from liber_runtime.behavior import Behavior
@@ -25,6 +26,8 @@ from liber_runtime.exceptions import LiberError
 from liber_runtime.memory import MemoryStore, open_store
 from liber_runtime.memory.packing import event_digest, pack, unpack
 from liber_runtime.partition import Count, stream
+
+T = TypeVar("T")
 
 CONDITION = Count(20)
 
@@ -35,19 +38,26 @@ WARM = 30
 class Bare(Protocol):
     """A loop over the engine that writes what a store writes."""
 
-    def prepare(self, appends: Sequence[Sequence[Behavior]]) -> Any:
-        """Makes what the appends will write, in this order; not timed."""
+    def beside(
+        self, appends: Sequence[Sequence[Behavior]], run: Callable[[], T], threads: int
+    ) -> tuple[T, float | None]:
+        """Lets the store make these appends and writes the same itself, neither while the other does.
+
+        Args:
+            appends: what `run` appends to the store.
+            run: makes the appends, and times them.
+            threads: that `run` appends by.
+
+        Returns:
+            What `run` returned, and the seconds of the loop; None if it could not write the same in as many steps.
+        """
         ...
 
-    def write(self, prepared: Any) -> float:
-        """Writes it, one transaction for each append; returns the seconds."""
-        ...
-
-    def check(self, store: MemoryStore) -> None:
-        """Makes sure that the store has written the same.
+    def check(self) -> None:
+        """Makes sure that both hold the same.
 
         Raises:
-            LiberError: it has not.
+            LiberError: they do not.
         """
         ...
 
@@ -109,6 +119,12 @@ class SQLiteGround:
             shutil.rmtree(place)
 
 
+def settle() -> None:
+    """Lets the collector forget about what was prepared: a caller's own objects are no part of the store's cost."""
+    gc.collect()
+    gc.freeze()
+
+
 def _open(path: Path) -> MemoryStore:
     return open_store(f"sqlite:///{path}", CONDITION)
 
@@ -137,8 +153,8 @@ class BareSQLite:
 
     def __init__(self, path: Path, beside: Path) -> None:
         """Opens `path`, a copy of the store's file `beside`."""
-        self._path = path
         self._beside = beside
+        self._turns = itertools.count()
         self._db = sqlite3.connect(path, isolation_level=None, cached_statements=64)
         for pragma in (
             "journal_mode = WAL",
@@ -156,9 +172,16 @@ class BareSQLite:
             )
         }
 
-    def prepare(self, appends: Sequence[Sequence[Behavior]]) -> list[_Rows]:
-        """See `Bare.prepare`."""
-        return [self._rows(append) for append in appends]
+    def beside(
+        self, appends: Sequence[Sequence[Behavior]], run: Callable[[], T], threads: int
+    ) -> tuple[T, float | None]:
+        """See `Bare.beside`. Who goes first changes from turn to turn; however many threads the store has, one here."""
+        prepared = [self._rows(append) for append in appends]
+        settle()
+        if next(self._turns) % 2:
+            return run(), self._write(prepared)
+        seconds = self._write(prepared)
+        return run(), seconds
 
     def _rows(self, behaviors: Sequence[Behavior]) -> _Rows:
         arriving: dict[str, list[Behavior]] = {}
@@ -180,8 +203,7 @@ class BareSQLite:
         rows.counters.extend([(len(behaviors), "behaviors"), (len(rows.partitions), "partitions")])
         return rows
 
-    def write(self, prepared: Sequence[_Rows]) -> float:
-        """See `Bare.write`."""
+    def _write(self, prepared: Sequence[_Rows]) -> float:
         db = self._db
         began = time.perf_counter()
         for rows in prepared:
@@ -198,7 +220,7 @@ class BareSQLite:
             db.execute("COMMIT")
         return time.perf_counter() - began
 
-    def check(self, store: MemoryStore) -> None:
+    def check(self) -> None:
         """See `Bare.check`: the tables of both files, but for the times in them."""
         self._db.execute("ATTACH ? AS beside", (str(self._beside),))
         for table, columns in (

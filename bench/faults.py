@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from bench.environment import describe_machine, describe_versions, scratch
 from bench.verification import Notes, Outage, read_notes, verify
@@ -44,6 +44,9 @@ from bench.victims import DOMAIN, Plan, catalogue, ingest, last_acknowledged, us
 from liber_runtime.exceptions import LiberError
 from liber_runtime.memory import MemoryStore, open_store
 from liber_runtime.partition import Count
+
+if TYPE_CHECKING:
+    from bench.redis_servers import RedisCluster
 
 Role: TypeAlias = Literal["ingester", "worker"]
 
@@ -57,6 +60,7 @@ DRAIN_SECONDS = 120.0
 """How long the work may take to finish once nobody is killed any more."""
 
 _TELL_SECONDS = 5.0
+_PLACES: tuple[tuple[Role, int], ...] = (("ingester", INGESTERS), ("worker", WORKERS))
 _LIVES: dict[Role, Callable[[Plan, int, int], None]] = {"ingester": ingest, "worker": work}
 
 
@@ -80,12 +84,6 @@ class Crew:
         self._plan = plan
         self._alive: dict[int, Process] = {}
         self.crashes = 0
-
-    def start(self) -> None:
-        """Everybody begins."""
-        for role, count in (("ingester", INGESTERS), ("worker", WORKERS)):
-            for slot in range(count):
-                self._begin(Process(role, slot, 0))  # type: ignore[arg-type]
 
     def victims(self, draw: random.Random) -> list[int]:
         """Whose turn it is: mostly one, sometimes everybody."""
@@ -131,6 +129,20 @@ class Crew:
                 _, status = os.waitpid(pid, 0)
             self.crashes += status != 0
             del self._alive[pid]
+
+    def __enter__(self) -> Crew:
+        """Everybody begins."""
+        for role, count in _PLACES:
+            for slot in range(count):
+                self._begin(Process(role, slot, 0))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nobody is left, whatever happened."""
+        for pid in self._alive:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self._alive.clear()
 
     def _begin(self, process: Process) -> None:
         self._alive[_fork(lambda: _LIVES[process.role](self._plan, process.slot, process.life))] = process
@@ -253,23 +265,18 @@ def check_files(directory: Path) -> str:
 def run_sqlite(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Kills ingesters and workers of one file."""
     plan = Plan(f"sqlite:///{directory / 'memory.db'}", directory, arguments.seed)
-    began = time.monotonic()
     prepare(plan)
-    crew, tell = Crew(plan), Progress(plan, arguments.kills)
-    crew.start()
-    kinds = kill_processes(
-        crew,
-        arguments.kills,
-        arguments.kills_per_minute,
-        random.Random(f"{arguments.seed} kills"),
-        began + 60 * arguments.minutes,
-        tell,
-    )
-    kills = kinds["ingester"] + kinds["worker"]
-    seconds = time.monotonic() - began
-    tell(kills, now=True)
-    with contextlib.closing(finish(plan, crew)) as store:
-        found = report(plan, store, [])
+    began = time.monotonic()
+    tell = Progress(plan, arguments.kills)
+    draw = random.Random(f"{arguments.seed} kills")
+    with Crew(plan) as crew:
+        until = began + 60 * arguments.minutes
+        kinds = kill_processes(crew, arguments.kills, arguments.kills_per_minute, draw, until, tell)
+        kills = kinds["ingester"] + kinds["worker"]
+        seconds = time.monotonic() - began
+        tell(kills, now=True)
+        with contextlib.closing(finish(plan, crew)) as store:
+            found = report(plan, store, [])
     return {
         "store": "sqlite",
         "kills": kills,
@@ -278,8 +285,72 @@ def run_sqlite(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]
         "kinds": dict(kinds),
         "crashes": crew.crashes,
         "seconds": round(seconds, 1),
-        "processes": {"ingesters": INGESTERS, "senders": INGESTERS * plan.senders, "workers": WORKERS},
+        "processes": describe_crew(plan),
     }
+
+
+def run_redis(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Kills masters of a cluster under ingesters and workers that go on."""
+    from bench.redis_servers import redis_cluster
+
+    draw = random.Random(f"{arguments.seed} kills")
+    replicas = "" if arguments.replicas is None else f"&replicas={arguments.replicas}"
+    with redis_cluster(node_timeout_milliseconds=arguments.node_timeout) as cluster:
+        plan = Plan(f"redis://{cluster.address}/0?name=faults{replicas}", directory, arguments.seed, lease_seconds=30.0)
+        prepare(plan)
+        began = time.monotonic()
+        tell = Progress(plan, arguments.kills)
+        outages: list[Outage] = []
+        failovers: list[float] = []
+        with Crew(plan) as crew:
+            while len(outages) < arguments.kills and time.monotonic() < began + 60 * arguments.minutes:
+                time.sleep(draw.uniform(0.2, 1.0))
+                crew.replace_crashed()
+                outage, failover = kill_master(cluster, draw)
+                outages.append(outage)
+                failovers.append(failover)
+                tell(len(outages))
+            seconds = time.monotonic() - began
+            tell(len(outages), now=True)
+            with contextlib.closing(finish(plan, crew)) as store:
+                found = report(plan, store, outages)
+    return {
+        "store": "redis",
+        "kills": len(outages),
+        **found,
+        "kinds": {"master": len(outages)},
+        "failover_seconds": {
+            "p50": round(float(np.percentile(failovers, 50)), 2) if failovers else None,
+            "p99": round(float(np.percentile(failovers, 99)), 2) if failovers else None,
+            "max": round(max(failovers), 2) if failovers else None,
+        },
+        "replicas_waited_for": 1 if arguments.replicas is None else arguments.replicas,
+        "node_timeout_ms": arguments.node_timeout,
+        "crashes": crew.crashes,
+        "seconds": round(seconds, 1),
+        "processes": describe_crew(plan),
+    }
+
+
+def kill_master(cluster: RedisCluster, draw: random.Random) -> tuple[Outage, float]:
+    """SIGKILLs a random master and starts it again once its replica has taken over.
+
+    Returns:
+        From the kill until the replica served; and the seconds of that. The cluster is whole again then.
+    """
+    master = draw.choice(cluster.masters())
+    killed_at = time.monotonic()
+    master.kill()
+    cluster.wait_for_failover(master)
+    restored_at = time.monotonic()
+    master.start()
+    cluster.wait_until_whole()
+    return Outage(killed_at, restored_at), restored_at - killed_at
+
+
+def describe_crew(plan: Plan) -> dict[str, int]:
+    """How many processes of each role there were."""
+    return {"ingesters": INGESTERS, "senders": INGESTERS * plan.senders, "workers": WORKERS}
 
 
 def main() -> int:
@@ -291,12 +362,21 @@ def main() -> int:
     parser.add_argument("--kills", type=int, help="default: 2000 on SQLite, 200 on Redis")
     parser.add_argument("--minutes", type=float, help="stop killing after so long (default: 10 on SQLite, 30 on Redis)")
     parser.add_argument("--kills-per-minute", type=float, default=400.0, help="on SQLite")
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        help="replicas that must have a write before Redis acknowledges it (default: the store's 1)",
+    )
+    parser.add_argument("--node-timeout", type=int, default=1000, help="of the Redis Cluster, in milliseconds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where the store lies meanwhile (default: the system's own)")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
+    on_sqlite = arguments.store == "sqlite"
+    arguments.kills = arguments.kills if arguments.kills is not None else 2000 if on_sqlite else 200
+    arguments.minutes = arguments.minutes if arguments.minutes is not None else 10.0 if on_sqlite else 30.0
     with scratch(arguments.directory) as directory:
-        figures = run_sqlite(arguments, directory)
+        figures = (run_sqlite if arguments.store == "sqlite" else run_redis)(arguments, directory)
         figures |= {"machine": describe_machine(directory), "versions": describe_versions(), "seed": arguments.seed}
     text = json.dumps(figures, indent=2)
     print(text)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import itertools
 import json
 import random
@@ -33,12 +32,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from bench.bare import Ground, SQLiteGround
+from bench.bare import Ground, SQLiteGround, settle
 from bench.environment import describe_machine, describe_versions, scratch
 from bench.plot import draw_lines
 from bench.workload import FINGERPRINT, NoopEncoder, NoopWriter, Source, describe, fill, make_knowledge, user_names
@@ -128,21 +128,19 @@ def measure_appends(ground: Ground, sizes: Sizes, seed: int, batch: int, threads
     with ground.twins(users, source) as (store, bare):
         groups = [users[thread::threads] for thread in range(threads)]
         total = sizes.behaviors if batch > 1 else max(sizes.singles // sizes.rounds, 1)
-        for turn in range(sizes.rounds):
+        for _ in range(sizes.rounds):
             appends = max(total // (batch * threads), 1)
             work = [[source.batch(group, batch) for _ in range(appends)] for group in groups]
-            prepared = bare.prepare([each for turns in zip(*work, strict=True) for each in turns])
-            settle()
-            bare_first = bare.write(prepared) if turn % 2 else 0.0
-            seconds, each = append_all(store, work)
-            plain = bare_first or bare.write(prepared)
+            in_order = [each for turns in zip(*work, strict=True) for each in turns]
+            (seconds, each), plain = bare.beside(in_order, partial(append_all, store, work), threads)
             rates.append(appends * batch * threads / seconds)
-            ratios.append(plain / seconds)
+            if plain is not None:
+                ratios.append(plain / seconds)
             calls += each
-        bare.check(store)
+        bare.check()
     made = row("append_batch" if batch > 1 else "append_one", calls)
     made["per_second"] = round(statistics.median(rates), 1)
-    made["ratio_to_bare"] = round(statistics.median(ratios), 3)
+    made["ratio_to_bare"] = round(statistics.median(ratios), 3) if ratios else None
     per_user = sizes.rounds * max(total // (batch * threads), 1) * batch * threads // sizes.users
     return made | {"history": per_user, "batch": batch, "threads": threads, "users": sizes.users}
 
@@ -172,12 +170,6 @@ def append_all(store: MemoryStore, work: Sequence[Sequence[Sequence[Behavior]]])
     for thread in threads:
         thread.join()
     return time.perf_counter() - began, list(itertools.chain(*calls))
-
-
-def settle() -> None:
-    """Lets the collector forget about what was prepared: a caller's own objects are no part of the store's cost."""
-    gc.collect()
-    gc.freeze()
 
 
 # -- reads -------------------------------------------------------------------------------------------------------
@@ -313,6 +305,19 @@ def measure(ground: Ground, sizes: Sizes, seed: int) -> dict[str, Any]:
     return {"rows": [{"store": ground.name, **each} for each in rows], "plot": plot(flat)}
 
 
+@contextlib.contextmanager
+def make_ground(engine: str, directory: Path) -> Iterator[Ground]:
+    """Where stores of an engine are made; for Redis a cluster that ends with it."""
+    if engine == "sqlite":
+        yield SQLiteGround(directory)
+        return
+    from bench.bare_redis import RedisGround
+    from bench.redis_servers import redis_cluster
+
+    with redis_cluster(node_timeout_milliseconds=5000) as cluster:
+        yield RedisGround(cluster)
+
+
 def tell(line: str) -> None:
     """Says on standard error what is under way."""
     print(line, file=sys.stderr, flush=True)
@@ -334,8 +339,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="where the store lies meanwhile (default: the system's own)")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    with scratch(arguments.directory) as directory:
-        ground = SQLiteGround(directory)
+    with scratch(arguments.directory) as directory, make_ground(arguments.store, directory) as ground:
         figures = measure(ground, QUICK if arguments.quick else Sizes(), arguments.seed)
         figures |= {
             "machine": describe_machine(directory),
