@@ -1,10 +1,10 @@
 """The least that the same writes cost: a bare loop over the engine, without LIBER's Python.
 
-A ground makes stores to measure, and twins: a store, and a bare loop beside it on a copy of its data. On SQLite the loop
-is given, for every append, the very rows that the store will write, made and packed before any clock runs: it knows
-beforehand which behaviors are new, which users exist, what is in their caches and where partitions are cut. While it is
-timed it only hands rows to the engine, in the same transactions, with the same settings. Afterwards both must hold the
-same, row by row; otherwise there is no figure. For Redis see `bench.bare_redis`.
+A ground makes stores to measure, and twins: a store, and a bare loop beside it on a copy of its data. On SQLite the
+loop is given, for every append, the very rows that the store will write, made and packed before any clock runs: it
+knows beforehand which behaviors are new, which users exist, what is in their caches and where partitions are cut. While
+it is timed it only hands rows to the engine, in the same transactions, with the same settings. Afterwards both must
+hold the same, row by row; otherwise there is no figure. For Redis see `bench.bare_redis`.
 """
 
 from __future__ import annotations

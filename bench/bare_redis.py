@@ -2,9 +2,9 @@
 
 What a function of the store writes inside Redis lies in the server's append-only file as plain commands (``SADD``,
 ``HSET``, ``XADD``, ``HINCRBY``...). So the loop need not know how the store works: after the store has written a round,
-its commands are read from the files of the masters, bytes and all, and carried out on the keys of a second store with a
-name of equal length, which lie in the same slots of the same servers. While it is timed the loop only sends those bytes,
-for each append everything to all servers at once, waits for the replicas as the store does, and takes in the replies. It
+its commands are read from the files of the masters, bytes and all, and carried out on the keys of a second store with
+a name of equal length, in the same slots of the same servers. While it is timed the loop only sends those bytes, for
+each append everything to all servers at once, waits for the replicas as the store does, and takes in the replies. It
 has no functions to call, so it sends more commands than the store; that is what a client without them has to do.
 """
 
@@ -104,8 +104,8 @@ class BareRedis:
                 sent[number].extend(write.commands)
         if len(by_append) != len(appends):
             raise LiberError(
-                f"the files tell of {len(by_append)} appends and {len(appends)} were made; bring bench.bare_redis up to "
-                "what the store writes"
+                f"the files tell of {len(by_append)} appends and {len(appends)} were made; bring bench.bare_redis "
+                "up to what the store writes"
             )
         settle()
         began = time.perf_counter()
@@ -139,7 +139,7 @@ class _Followed:
     """One master: its append-only file from now on, and a connection to it."""
 
     def __init__(self, server: RedisServer) -> None:
-        self._connection = Connection(host="127.0.0.1", port=server.port, protocol=2)
+        self._connection: Any = Connection(host="127.0.0.1", port=server.port, protocol=2)
         self._connection.connect()
         self._file = _newest_file(server.directory).open("rb")
         self._file.seek(0, 2)

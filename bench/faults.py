@@ -38,6 +38,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
+
 from bench.environment import describe_machine, describe_versions, scratch
 from bench.verification import Notes, Outage, read_notes, verify
 from bench.victims import DOMAIN, Plan, catalogue, ingest, last_acknowledged, user_name, work
