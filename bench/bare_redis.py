@@ -29,6 +29,7 @@ from liber_runtime.memory import MemoryStore, open_store
 T = TypeVar("T")
 
 _LIVE, _BARE = "live", "bare"
+_PREFIX = f"{_LIVE}:{{".encode()  # of all keys of the store
 _PATIENCE_SECONDS = 30.0
 _WAIT = b"*3\r\n$4\r\nWAIT\r\n$1\r\n1\r\n$4\r\n5000\r\n"  # one replica, five seconds: what the store waits for
 
@@ -171,7 +172,7 @@ class _Followed:
             if kind in (b"SELECT", b"MULTI"):
                 continue
             if kind != b"EXEC":
-                if not words[1].startswith(_LIVE.encode()) and kind != b"XGROUP":
+                if not words[2 if kind == b"XGROUP" else 1].startswith(_PREFIX):
                     continue
                 commands.append(_pack([_renamed(word) for word in words]))
                 if kind == b"HSET" and b"revision" in words[2::2]:
@@ -237,8 +238,7 @@ def _newest_file(directory: Path) -> Path:
 
 
 def _renamed(word: bytes) -> bytes:
-    prefix = f"{_LIVE}:{{".encode()
-    return _BARE.encode() + word[len(_LIVE) :] if word.startswith(prefix) else word
+    return _BARE.encode() + word[len(_LIVE) :] if word.startswith(_PREFIX) else word
 
 
 def _pack(words: Sequence[bytes]) -> bytes:
