@@ -129,6 +129,16 @@ def _open(path: Path) -> MemoryStore:
     return open_store(f"sqlite:///{path}", CONDITION)
 
 
+_COLUMNS = {
+    "users": "user, user_id, profile, behaviors, partitions, item_ids, feedback, timestamps, event_ids",
+    "events": "user, digest",
+    "partitions": "user, number, item_ids, feedback, timestamps, event_ids",
+    "steps": "user, number, step, encoding",
+    "counters": "name, value",
+}
+"""What a store and the loop must hold alike: all that an append writes, but for times."""
+
+
 class _Rows(NamedTuple):
     """What one append writes."""
 
@@ -223,23 +233,22 @@ class BareSQLite:
     def check(self) -> None:
         """See `Bare.check`: the tables of both files, but for the times in them."""
         self._db.execute("ATTACH ? AS beside", (str(self._beside),))
-        for table, columns in (
-            ("users", "user, user_id, profile, behaviors, partitions, item_ids, feedback, timestamps, event_ids"),
-            ("events", "user, digest"),
-            ("partitions", "user, number, item_ids, feedback, timestamps, event_ids"),
-            ("steps", "user, number, step, encoding"),
-            ("counters", "name, value"),
-        ):
-            for one, other in (("main", "beside"), ("beside", "main")):
-                (missing,) = self._db.execute(
-                    f"SELECT count(*) FROM (SELECT {columns} FROM {one}.{table}"
-                    f" EXCEPT SELECT {columns} FROM {other}.{table})"
-                ).fetchone()
-                if missing:
-                    raise LiberError(
-                        f"the bare loop's {table} differ from the store's in {missing} rows; bring bench.bare up to "
-                        "what the store writes"
-                    )
+        try:
+            different = {table: self._different(table, columns) for table, columns in _COLUMNS.items()}
+        finally:
+            self._db.execute("DETACH beside")
+        for table, rows in different.items():
+            if rows:
+                raise LiberError(
+                    f"the bare loop's {table} differ from the store's in {rows} rows; bring bench.bare up to what the "
+                    "store writes"
+                )
+
+    def _different(self, table: str, columns: str) -> int:
+        """Rows of a table that only one of the files has."""
+        here, there = (f"SELECT {columns} FROM {name}.{table}" for name in ("main", "beside"))
+        only = f"SELECT * FROM ({here} EXCEPT {there}) UNION ALL SELECT * FROM ({there} EXCEPT {here})"
+        return int(self._db.execute(f"SELECT count(*) FROM ({only})").fetchone()[0])
 
     def close(self) -> None:
         """Closes the file."""
