@@ -21,6 +21,10 @@ class ServerError(LiberError):
     """The Triton server did not start, or did not do what was asked of it."""
 
 
+class WriterAwayError(LiberError):
+    """A writer was certainly not called, e.g. because the connection was refused: nothing was paid for."""
+
+
 class ScoringError(LiberError):
     """A scoring or encoding call failed; `status` holds the gRPC status name (e.g. ``INVALID_ARGUMENT``)."""
 
