@@ -39,7 +39,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from bench.bare import Ground, SQLiteGround, settle
+from bench.bare import WARM, Ground, SQLiteGround, settle
 from bench.environment import describe_machine, describe_versions, scratch
 from bench.plot import draw_lines
 from bench.workload import FINGERPRINT, NoopEncoder, NoopWriter, Source, describe, fill, make_knowledge, user_names
@@ -142,8 +142,9 @@ def measure_appends(ground: Ground, sizes: Sizes, seed: int, batch: int, threads
     made = row("append_batch" if batch > 1 else "append_one", calls)
     made["per_second"] = round(statistics.median(rates), 1)
     made["ratio_to_bare"] = round(statistics.median(ratios), 3) if ratios else None
-    per_user = sizes.rounds * max(total // (batch * threads), 1) * batch * threads // sizes.users
-    return made | {"history": per_user, "batch": batch, "threads": threads, "users": sizes.users}
+    appended = sizes.rounds * max(total // (batch * threads), 1) * batch * threads
+    history = WARM + appended // sizes.users  # at the end
+    return made | {"history": history, "batch": batch, "threads": threads, "users": sizes.users}
 
 
 def append_all(store: MemoryStore, work: Sequence[Sequence[Sequence[Behavior]]]) -> tuple[float, list[float]]:
