@@ -298,7 +298,9 @@ def run_redis(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     draw = random.Random(f"{arguments.seed} kills")
     replicas = "" if arguments.replicas is None else f"&replicas={arguments.replicas}"
     with redis_cluster(node_timeout_milliseconds=arguments.node_timeout) as cluster:
-        plan = Plan(f"redis://{cluster.address}/0?name=faults{replicas}", directory, arguments.seed, lease_seconds=30.0)
+        url = f"redis://{cluster.address}/0?name=faults{replicas}"
+        # Senders stand still while a master is away: between the kills they hurry.
+        plan = Plan(url, directory, arguments.seed, pause_seconds=0.005, lease_seconds=30.0)
         prepare(plan)
         began = time.monotonic()
         tell = Progress(plan, arguments.kills)

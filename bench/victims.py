@@ -67,7 +67,7 @@ class Plan:
     notes: Path
     seed: int
     senders: int = 2
-    users: int = 40
+    users: int = 15
     partition: int = 10
     batch: int = 8
     pause_seconds: float = 0.02
