@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, overload, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -194,6 +194,53 @@ class AllOf:
         return f"all_of({', '.join(map(str, self.conditions))})"
 
 
+class Run(Sequence[Behavior]):
+    """Behaviors that were there, followed by some that came; equal to any sequence of the same behaviors.
+
+    What was there is not copied and not looked at unless someone asks for it: a store that keeps it packed need not
+    unpack it to learn that a count of 20 is not reached.
+
+    Attributes:
+        head: what was there.
+        tail: what came.
+    """
+
+    __slots__ = ("head", "tail")
+
+    def __init__(self, head: Sequence[Behavior] = (), tail: Iterable[Behavior] = ()) -> None:
+        self.head = head
+        self.tail = list(tail)
+
+    def __len__(self) -> int:
+        return len(self.head) + len(self.tail)
+
+    @overload
+    def __getitem__(self, index: int) -> Behavior: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Behavior]: ...
+
+    def __getitem__(self, index: int | slice) -> Behavior | list[Behavior]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        place = index if index >= 0 else index + len(self)
+        if not 0 <= place < len(self):
+            raise IndexError(index)
+        first = len(self.head)
+        return self.head[place] if place < first else self.tail[place - first]
+
+    def __iter__(self) -> Iterator[Behavior]:
+        return itertools.chain(self.head, self.tail)
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Run({list(self)!r})"
+
+
 @dataclass(frozen=True)
 class Streamed:
     """What `stream` made of one user's new behaviors.
@@ -203,8 +250,8 @@ class Streamed:
         cache: what is left for the next partition.
     """
 
-    partitions: tuple[tuple[Behavior, ...], ...]
-    cache: tuple[Behavior, ...]
+    partitions: tuple[Run, ...]
+    cache: Run
 
 
 def stream(
@@ -227,24 +274,28 @@ def stream(
     Raises:
         ConfigurationError: a condition named a boundary outside the cache.
     """
-    pending = list(cache)
-    partitions: list[tuple[Behavior, ...]] = []
+    pending = Run(cache)
+    partitions: list[Run] = []
 
     def last_partition() -> Sequence[Behavior]:
         return partitions[-1] if partitions else previous()
 
     for behavior in arriving:
-        pending.append(behavior)
+        pending.tail.append(behavior)
         cut = condition.boundary(pending, last_partition)
         if not 0 <= cut <= len(pending):
             raise ConfigurationError(
                 f"partition condition {condition} cut {cut} behaviors of a cache of {len(pending)}; "
                 "it must return a number from 0 to the cache's length"
             )
-        if cut:
-            partitions.append(tuple(pending[:cut]))
-            pending = pending[cut:]
-    return Streamed(tuple(partitions), tuple(pending))
+        if cut == len(pending):
+            partitions.append(pending)
+            pending = Run()
+        elif cut:
+            behaviors = list(pending)
+            partitions.append(Run(tail=behaviors[:cut]))
+            pending = Run(tail=behaviors[cut:])
+    return Streamed(tuple(partitions), pending)
 
 
 def parse_condition(text: str) -> PartitionCondition:

@@ -6,21 +6,60 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 from liber_runtime.behavior import Attributes, Behavior
+from liber_runtime.partition import Run
 
 Packed: TypeAlias = tuple[str, bytes, bytes, str]
 """A run of behaviors as it lies in a row: item ids, feedback, timestamps, event ids."""
 
 
+class PackedRun(Sequence[Behavior]):
+    """A user's behaviors as they lie in a row, made when someone looks at them."""
+
+    __slots__ = ("_made", "columns", "user_id")
+
+    def __init__(self, user_id: str, columns: Packed) -> None:
+        self.user_id = user_id
+        self.columns = columns
+        self._made: list[Behavior] | None = None
+
+    def __len__(self) -> int:
+        return len(self.columns[1]) // 8
+
+    @overload
+    def __getitem__(self, index: int) -> Behavior: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Behavior]: ...
+
+    def __getitem__(self, index: int | slice) -> Behavior | list[Behavior]:
+        if self._made is None:
+            self._made = unpack(self.user_id, *self.columns)
+        return self._made[index]
+
+
 def pack(behaviors: Sequence[Behavior]) -> Packed:
     """One row of a user's behaviors; ids hold no line breaks (`check_id`), so a line break parts them."""
+    if isinstance(behaviors, Run) and isinstance(behaviors.head, PackedRun):
+        return _joined(behaviors.head.columns, pack(behaviors.tail))
     return (
         "\n".join([behavior.item_id for behavior in behaviors]),
         struct.pack(f"<{len(behaviors)}d", *[behavior.feedback for behavior in behaviors]),
         struct.pack(f"<{len(behaviors)}d", *[behavior.timestamp for behavior in behaviors]),
         "\n".join([behavior.event_id for behavior in behaviors]),
+    )
+
+
+def _joined(first: Packed, second: Packed) -> Packed:
+    if not (first[1] and second[1]):
+        return first if first[1] else second
+    return (
+        f"{first[0]}\n{second[0]}",
+        first[1] + second[1],
+        first[2] + second[2],
+        f"{first[3]}\n{second[3]}",
     )
 
 

@@ -35,6 +35,7 @@ from liber_runtime.memory import (
 )
 from liber_runtime.memory.checks import check_arrival, name_condition, read_condition, require_condition
 from liber_runtime.memory.packing import (
+    PackedRun,
     dump_attributes,
     event_digest,
     load_attributes,
@@ -54,7 +55,7 @@ class _Held(NamedTuple):
     user: int
     behaviors: int
     partitions: int
-    cache: list[Behavior]
+    cache: PackedRun
 
 
 class SQLiteStore(SQLiteQueue):
@@ -335,8 +336,8 @@ def _hold(db: sqlite3.Connection, user_ids: Collection[str]) -> dict[str, _Held]
     wanted = (json.dumps(list(user_ids)),)
     db.execute("INSERT OR IGNORE INTO users (user_id) SELECT value FROM json_each(?)", wanted)
     return {
-        user_id: _Held(user, behaviors, partitions, unpack(user_id, *cache))
-        for user_id, user, behaviors, partitions, *cache in db.execute(
+        user_id: _Held(user, behaviors, partitions, PackedRun(user_id, (item_ids, feedback, timestamps, event_ids)))
+        for user_id, user, behaviors, partitions, item_ids, feedback, timestamps, event_ids in db.execute(
             "SELECT user_id, user, behaviors, partitions, item_ids, feedback, timestamps, event_ids"
             " FROM json_each(?) CROSS JOIN users ON user_id = value",
             wanted,
