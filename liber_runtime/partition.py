@@ -52,7 +52,8 @@ class Count:
 
     def boundary(self, cache: Sequence[Behavior], previous: PreviousPartition) -> int:
         """See `PartitionCondition.boundary`."""
-        return len(cache) if len(cache) >= self.size else 0
+        size = len(cache)
+        return size if size >= self.size else 0
 
     def __str__(self) -> str:
         return f"count({self.size})"
@@ -205,14 +206,15 @@ class Run(Sequence[Behavior]):
         tail: what came.
     """
 
-    __slots__ = ("head", "tail")
+    __slots__ = ("_first", "head", "tail")
 
     def __init__(self, head: Sequence[Behavior] = (), tail: Iterable[Behavior] = ()) -> None:
         self.head = head
         self.tail = list(tail)
+        self._first = len(head)
 
     def __len__(self) -> int:
-        return len(self.head) + len(self.tail)
+        return self._first + len(self.tail)
 
     @overload
     def __getitem__(self, index: int) -> Behavior: ...
@@ -226,8 +228,7 @@ class Run(Sequence[Behavior]):
         place = index if index >= 0 else index + len(self)
         if not 0 <= place < len(self):
             raise IndexError(index)
-        first = len(self.head)
-        return self.head[place] if place < first else self.tail[place - first]
+        return self.head[place] if place < self._first else self.tail[place - self._first]
 
     def __iter__(self) -> Iterator[Behavior]:
         return itertools.chain(self.head, self.tail)
@@ -283,7 +284,9 @@ def stream(
     for behavior in arriving:
         pending.tail.append(behavior)
         cut = condition.boundary(pending, last_partition)
-        if not 0 <= cut <= len(pending):
+        if not cut:
+            continue
+        if not 0 < cut <= len(pending):
             raise ConfigurationError(
                 f"partition condition {condition} cut {cut} behaviors of a cache of {len(pending)}; "
                 "it must return a number from 0 to the cache's length"
@@ -291,7 +294,7 @@ def stream(
         if cut == len(pending):
             partitions.append(pending)
             pending = Run()
-        elif cut:
+        else:
             behaviors = list(pending)
             partitions.append(Run(tail=behaviors[:cut]))
             pending = Run(tail=behaviors[cut:])
