@@ -45,7 +45,7 @@ from liber_runtime.memory.packing import (
 from liber_runtime.memory.sqlite.erasing import forget_event, forget_user
 from liber_runtime.memory.sqlite.file import StoreFile
 from liber_runtime.memory.sqlite.queue import TEXT_FIELDS, SQLiteQueue, count
-from liber_runtime.memory.sqlite.reading import read_user, wanted_of
+from liber_runtime.memory.sqlite.reading import read_users, wanted_of
 from liber_runtime.partition import PartitionCondition, stream
 
 
@@ -222,12 +222,11 @@ class SQLiteStore(SQLiteQueue):
 
     def read(self, user_ids: Sequence[str], history: int, partitions: int, fingerprint: str) -> list[UserMemory | None]:
         """See `MemoryStore.read`."""
+        if not user_ids:
+            return []
         with self._file.read() as db:
             encoding, wanted = wanted_of(db, fingerprint)
-            found = {
-                user_id: read_user(db, user_id, history, partitions, encoding, wanted)
-                for user_id in dict.fromkeys(user_ids)
-            }
+            found = read_users(db, list(dict.fromkeys(user_ids)), history, partitions, encoding, wanted)
         return [found[user_id] for user_id in user_ids]
 
     def users(self) -> list[str]:
