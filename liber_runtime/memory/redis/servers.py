@@ -1,0 +1,349 @@
+"""The servers behind a store: one Redis, or the masters of a cluster. Calls are sent to each in one go.
+
+redis-py gives the connections (RESP, TLS, passwords). Which server has a slot is kept here, and not by its
+``RedisCluster``, because ``WAIT`` must follow a write on the same connection and because one call of the store is one
+round trip to each server, whatever slots it touches.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from redis import exceptions
+from redis.connection import Connection, SSLConnection
+
+from liber_runtime.exceptions import ConfigurationError, StoreError
+from liber_runtime.memory.redis.address import Address
+from liber_runtime.memory.redis.failures import explain, is_passing, is_refusal, redirection_of
+from liber_runtime.memory.redis.keys import SLOTS
+from liber_runtime.memory.redis.library import SOURCE, function_name
+
+CALLS_PER_ROUND = 2_000
+"""Most calls on their way at once: bounds the memory that replies take."""
+
+Node = tuple[str, int]
+_LOST = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
+_LEAST_VERSION = (7, 0)
+
+
+class Call(NamedTuple):
+    """A command and the slot of its keys."""
+
+    slot: int
+    command: tuple[str | bytes | int | float, ...]
+
+
+def function(slot: int, verb: str, keys: Sequence[str], *arguments: str | bytes | int | float) -> Call:
+    """A call of a function of the Lua library. All keys are named, so that a slot that moves is never half-seen."""
+    return Call(slot, ("FCALL", function_name(verb), len(keys), *keys, *arguments))
+
+
+@dataclass
+class _Topology:
+    """Which server has which slots; a single Redis has all."""
+
+    ranges: list[tuple[int, int, Node]]
+    nodes: list[Node]
+    replicated: bool
+    by_slot: list[Node | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.by_slot = [None] * SLOTS
+        for first, last, node in self.ranges:
+            self.by_slot[first : last + 1] = [node] * (last + 1 - first)
+
+
+class Servers:
+    """Connections to all servers of a store. Safe to share between threads.
+
+    Args:
+        address: where they are.
+
+    Raises:
+        ConfigurationError: a database number on a cluster.
+        StoreError: none can be reached, or they refuse us.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._options = address.connection_options()
+        self._idle: dict[Node, list[Connection]] = {}
+        self._closed = False
+        self.is_cluster = self._detect_cluster()
+        if self.is_cluster and address.database:
+            raise ConfigurationError(f"store {address}: a cluster has database 0 only; write /0")
+        self._topology = self._look_around()
+        self._replicas = int(self._topology.replicated) if address.replicas is None else address.replicas
+
+    # -- where things are ----------------------------------------------------------------------------------------
+
+    def _detect_cluster(self) -> bool:
+        def ask(connection: Connection) -> bool:
+            server = _parse_info(_ask(connection, "INFO", "server"))
+            version = tuple(int(part) for part in server["redis_version"].split(".")[:2])
+            if version < _LEAST_VERSION:
+                raise StoreError(
+                    f"store {self.address}: Redis {server['redis_version']} is too old; LIBER needs 7.0 or newer"
+                )
+            return _parse_info(_ask(connection, "INFO", "cluster"))["cluster_enabled"] == "1"
+
+        return bool(self._ask_any(self.address.nodes, ask))
+
+    def _look_around(self) -> _Topology:
+        if not self.is_cluster:
+            node = self._ask_any(self.address.nodes, lambda connection: (connection.host, connection.port))
+            return _Topology([(0, SLOTS - 1, node)], [node], replicated=False)
+
+        def ask(connection: Connection) -> _Topology:
+            ranges, nodes, replicated = [], [], True
+            for first, last, *servers in _ask(connection, "CLUSTER", "SLOTS"):
+                # A server that does not know its own address leaves it out: it is the one we asked.
+                found = [(_text(server[0]) or connection.host, int(server[1])) for server in servers]
+                ranges.append((int(first), int(last), found[0]))
+                nodes += found
+                replicated = replicated and len(found) > 1
+            if not ranges:
+                raise exceptions.ConnectionError("CLUSTERDOWN the cluster has no slots")
+            return _Topology(ranges, list(dict.fromkeys(nodes)), replicated)
+
+        known = list(self._topology.nodes) if hasattr(self, "_topology") else []
+        random.shuffle(known)  # lest we go on asking one that was left behind
+        topology: _Topology = self._ask_any(dict.fromkeys([*known, *self.address.nodes]), ask)
+        return topology
+
+    def _ask_any(self, nodes: Iterable[Node], ask: Any) -> Any:
+        """The answer of the first server that gives one."""
+        failure: BaseException | None = None
+        for node in nodes:
+            try:
+                connection = self._borrow(node)
+                answer = ask(connection)
+            except (exceptions.RedisError, OSError) as error:
+                failure = error
+                if is_refusal(error):
+                    break
+            else:
+                self._give_back(node, connection)
+                return answer
+        assert failure is not None
+        raise explain(self.address, failure) from failure
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def run(self, calls: Sequence[Call], *, durable: bool = False) -> list[Any]:
+        """The replies to all calls, in their order. Every call may be carried out more than once.
+
+        Args:
+            calls: sent to each server in one go.
+            durable: return only when enough replicas have what was written.
+
+        Raises:
+            StoreError: a server refuses a call; servers stay away for longer than ``timeout_seconds``; too few
+                replicas answered in time.
+        """
+        replies: list[Any] = []
+        for start in range(0, len(calls), CALLS_PER_ROUND):
+            replies += self._run(calls[start : start + CALLS_PER_ROUND], durable)
+        return replies
+
+    def run_one(self, call: Call, *, durable: bool = False) -> Any:
+        """The reply to one call; see `run`."""
+        return self._run([call], durable)[0]
+
+    def _run(self, calls: Sequence[Call], durable: bool) -> list[Any]:
+        replies: list[Any] = [None] * len(calls)
+        left: dict[int, Node | None] = dict.fromkeys(range(len(calls)))
+        deadline = 0.0
+        pause = 0.01
+        while True:
+            failed = self._attempt(calls, left, replies, durable)
+            if not failed:
+                return replies
+            now = time.monotonic()
+            deadline = deadline or now + self.address.timeout_seconds
+            error = next(iter(failed.values()))
+            if now > deadline:
+                raise explain(self.address, error) from error
+            if self._adapt(calls, failed, left):
+                time.sleep(pause * random.uniform(0.5, 1.5))
+                pause = min(2 * pause, 0.25)
+
+    def _adapt(self, calls: Sequence[Call], failed: Mapping[int, BaseException], left: dict[int, Node | None]) -> bool:
+        """Learns from what failed where to send it next; returns whether to wait before that."""
+        left.clear()
+        redirections = {index: redirection_of(error) for index, error in failed.items()}
+        moved = {calls[index].slot: to[1] for index, to in redirections.items() if to and to[0] == "MOVED"}
+        away = any(not redirections[index] and not isinstance(error, _Unloaded) for index, error in failed.items())
+        if moved or away:
+            try:
+                self._topology = self._look_around()
+            except StoreError as error:
+                if error.__cause__ is not None and is_refusal(error.__cause__):
+                    raise
+        for slot, node in moved.items():
+            self._topology.by_slot[slot] = node
+        for index, to in redirections.items():
+            left[index] = to[1] if to and to[0] == "ASK" else None
+        return away
+
+    def _attempt(
+        self, calls: Sequence[Call], left: Mapping[int, Node | None], replies: list[Any], durable: bool
+    ) -> dict[int, BaseException]:
+        """Sends what is left and fills in the replies; returns the calls to be sent again, with the reason."""
+        failed: dict[int, BaseException] = {}
+        by_node: dict[Node, list[int]] = {}
+        by_slot = self._topology.by_slot
+        for index, asked in left.items():
+            node = asked or by_slot[calls[index].slot]
+            if node is None:
+                failed[index] = exceptions.ConnectionError("CLUSTERDOWN Hash slot not served")
+            else:
+                by_node.setdefault(node, []).append(index)
+        sent: list[tuple[Node, list[int], Connection]] = []
+        for node, indices in by_node.items():
+            commands: list[tuple[Any, ...]] = []
+            for index in indices:
+                if left[index]:
+                    commands.append(("ASKING",))
+                commands.append(calls[index].command)
+            if durable and self._replicas:
+                commands.append(("WAIT", self._replicas, self.address.wait_milliseconds))
+            try:
+                connection = self._borrow(node)
+                connection.send_packed_command(connection.pack_commands(commands))
+            except _LOST as error:
+                if is_refusal(error):
+                    self._drop(sent)
+                    raise explain(self.address, error) from error
+                failed.update(dict.fromkeys(indices, error))
+            else:
+                sent.append((node, indices, connection))
+        fatal: BaseException | None = None
+        for node, indices, connection in sent:
+            fatal = self._receive(node, indices, connection, left, replies, failed, durable) or fatal
+        if fatal is not None:
+            raise fatal if isinstance(fatal, StoreError) else explain(self.address, fatal) from fatal
+        return failed
+
+    def _receive(
+        self,
+        node: Node,
+        indices: Sequence[int],
+        connection: Connection,
+        left: Mapping[int, Node | None],
+        replies: list[Any],
+        failed: dict[int, BaseException],
+        durable: bool,
+    ) -> BaseException | None:
+        """Reads one server's replies; returns an error that no repetition would cure."""
+        fatal: BaseException | None = None
+        unloaded = False
+        try:
+            for index in indices:
+                try:
+                    if left[index]:
+                        connection.read_response()
+                    replies[index] = connection.read_response()
+                except exceptions.ResponseError as error:
+                    if "Function not found" in str(error):
+                        unloaded = True
+                        failed[index] = _Unloaded(str(error))
+                    elif is_passing(error) or redirection_of(error):
+                        failed[index] = error
+                    else:
+                        fatal = error
+            if durable and self._replicas:
+                fatal = self._check_replicas(connection, failed, indices) or fatal
+            if unloaded:
+                _ask(connection, "FUNCTION", "LOAD", "REPLACE", SOURCE)
+        except _LOST as error:
+            # What was answered and not yet replicated may be lost with its server: all of it goes again.
+            connection.disconnect()
+            failed.update(dict.fromkeys(indices, error))
+        except exceptions.ResponseError as error:
+            self._give_back(node, connection)
+            return error
+        except BaseException:
+            connection.disconnect()
+            raise
+        else:
+            self._give_back(node, connection)
+        return fatal
+
+    def _check_replicas(
+        self, connection: Connection, failed: dict[int, BaseException], indices: Sequence[int]
+    ) -> StoreError | None:
+        try:
+            acknowledged = connection.read_response()
+        except exceptions.ResponseError as error:
+            # The server has become a replica itself.
+            failed.update(dict.fromkeys(indices, error))
+            return None
+        if acknowledged >= self._replicas:
+            return None
+        return StoreError(
+            f"store {self.address}: kept on the master, not yet replicated: {acknowledged} of {self._replicas} "
+            f"replicas had it after {self.address.wait_milliseconds} ms; repeat the call, it is safe"
+        )
+
+    # -- connections ---------------------------------------------------------------------------------------------
+
+    def _borrow(self, node: Node) -> Connection:
+        idle = self._idle.setdefault(node, [])
+        while True:
+            try:
+                connection = idle.pop()
+            except IndexError:
+                break
+            if _is_alive(connection):
+                return connection
+            connection.disconnect()
+        kind = SSLConnection if self.address.tls else Connection
+        connection = kind(host=node[0], port=node[1], **self._options)
+        connection.connect()
+        return connection
+
+    def _give_back(self, node: Node, connection: Connection) -> None:
+        self._idle.setdefault(node, []).append(connection)
+        if self._closed:
+            self.close()
+
+    def _drop(self, sent: Iterable[tuple[Node, Sequence[int], Connection]]) -> None:
+        for _, _, connection in sent:
+            connection.disconnect()
+
+    def close(self) -> None:
+        """Closes all connections; those in use when they are given back."""
+        self._closed = True
+        for idle in list(self._idle.values()):
+            while idle:
+                idle.pop().disconnect()
+
+
+class _Unloaded(Exception):
+    """The server has not our functions yet, or lost them."""
+
+
+def _is_alive(connection: Connection) -> bool:
+    """Whether the server has not closed the connection while it lay idle."""
+    try:
+        return not connection.can_read(timeout=0)
+    except (exceptions.RedisError, OSError):
+        return False
+
+
+def _ask(connection: Connection, *command: str) -> Any:
+    connection.send_command(*command)
+    return connection.read_response()
+
+
+def _parse_info(reply: bytes) -> dict[str, str]:
+    return dict(line.split(":", 1) for line in _text(reply).splitlines() if ":" in line)
+
+
+def _text(reply: bytes | str) -> str:
+    return reply.decode() if isinstance(reply, bytes) else reply
