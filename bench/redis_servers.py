@@ -106,7 +106,8 @@ class RedisCluster:
     """
 
     def __init__(self, directory: Path, node_timeout_milliseconds: int = 1_000) -> None:
-        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_milliseconds))
+        options: tuple[str, ...] = ("--cluster-enabled", "yes")
+        options += ("--cluster-node-timeout", str(node_timeout_milliseconds))
         # A replica that fell behind a little must still be let take over; with one replica there is nobody better.
         options += ("--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0")
         self.servers = [RedisServer(directory / str(number), options) for number in range(2 * MASTERS)]

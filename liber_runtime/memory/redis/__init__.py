@@ -14,9 +14,9 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from liber_runtime.behavior import Attributes, Behavior, Domain, Item
 from liber_runtime.exceptions import ConfigurationError
@@ -37,7 +37,15 @@ from liber_runtime.memory.redis.address import Address, parse_address
 from liber_runtime.memory.redis.appending import Appender
 from liber_runtime.memory.redis.keys import Catalogue, Keys
 from liber_runtime.memory.redis.queue import RedisQueue
-from liber_runtime.memory.redis.records import dump_item, dump_run, load_item, load_run, load_text, newest_of
+from liber_runtime.memory.redis.records import (
+    dump_item,
+    dump_run,
+    load_item,
+    load_run,
+    load_text,
+    newest_of,
+    newest_of_two,
+)
 from liber_runtime.memory.redis.servers import Call, Servers, function
 from liber_runtime.partition import PartitionCondition
 
@@ -173,17 +181,48 @@ class RedisStore(RedisQueue):
         """See `MemoryStore.read`. Users are read one by one, each in one state; all of them in one round trip."""
         with self._use():
             asked = list(dict.fromkeys(user_ids))
-            replies = self._servers.run([self._call_read(each, history, partitions, fingerprint) for each in asked])
-            found = {
-                user_id: None if reply is None else _load_memory(reply, history)
-                for user_id, reply in zip(asked, replies, strict=True)
-            }
+            newest = max(partitions, 0)
+            calls: list[Call] = []
+            for user_id in asked:
+                slot, user, vectors = self._keys.for_scoring(user_id, fingerprint)
+                calls.append(Call(slot, ("HMGET", user, "profile", "cut", "cache", "last", "encodings")))
+                # The newest 0 are asked for as an empty range.
+                calls.append(Call(slot, ("ZRANGE", vectors, 0 if newest else 1, newest - 1 if newest else 0, "REV")))
+            replies = self._servers.run(calls)
+            found: dict[str, UserMemory | None] = {}
+            lacking = []
+            for user_id, held, members in zip(asked, replies[::2], replies[1::2], strict=True):
+                found[user_id], is_all = _load_memory(held, members, history, newest)
+                if not is_all:
+                    lacking.append(user_id)
+            if lacking:
+                found |= self._read_further(lacking, history, newest, fingerprint)
             return [found[user_id] for user_id in user_ids]
 
-    def _call_read(self, user_id: str, history: int, partitions: int, fingerprint: str) -> Call:
-        bucket = self._keys.bucket_of(user_id)
-        keys = [self._keys.user(user_id), self._keys.vectors(user_id, fingerprint), self._keys.bucket(bucket)]
-        return self._call_bucket("read", bucket, keys, history, partitions, fingerprint)
+    def _read_further(
+        self, user_ids: Sequence[str], history: int, partitions: int, fingerprint: str
+    ) -> dict[str, UserMemory | None]:
+        """Reads users of whom the first look did not bring all: a history over several partitions, vectors of others.
+
+        Returns:
+            By user; see `MemoryStore.read`.
+        """
+        calls = []
+        for user_id in user_ids:
+            bucket = self._keys.bucket_of(user_id)
+            keys = [self._keys.user(user_id), self._keys.vectors(user_id, fingerprint), self._keys.bucket(bucket)]
+            calls.append(self._call_bucket("read", bucket, keys, history, partitions, fingerprint))
+        found: dict[str, UserMemory | None] = {}
+        for user_id, reply in zip(user_ids, self._servers.run(calls), strict=True):
+            if reply is None:
+                found[user_id] = None
+                continue
+            profile, runs, members, foreign = reply
+            others = frozenset(foreign.decode().split("\n")) if foreign else frozenset[str]()
+            found[user_id] = UserMemory(
+                load_attributes(profile.decode()), newest_of(runs, history), _load_matrix(members), others
+            )
+        return found
 
     def users(self) -> list[str]:
         """See `MemoryStore.users`. In the order they came, by the clocks of those who brought them."""
@@ -326,15 +365,28 @@ def _agree(
     return kept, int(buckets)
 
 
-def _load_memory(reply: Sequence[Any], history: int) -> UserMemory:
-    profile, runs, count, vectors, foreign = reply
-    matrix = _NO_VECTORS
-    if count:
-        # Newest first as they came; a view turned over would be slow to walk for whoever computes with it.
-        matrix = np.ascontiguousarray(np.frombuffer(vectors, "<f4").reshape(count, -1)[::-1])
-    others = frozenset(foreign.decode().split("\n")) if foreign else frozenset[str]()
+def _load_memory(
+    held: Sequence[bytes | None], members: Sequence[bytes], history: int, newest: int
+) -> tuple[UserMemory | None, bool]:
+    """A user's memory from what the first look brought, and whether that is all of it."""
+    profile, cut, cache, last, encodings = held
+    if profile is None and cut is None:
+        return None, True
+    known, partitions = newest_of_two(last or b"", cache or b"", history), int(cut or 0)
+    is_all = (len(known) >= history or partitions < 2) and (bool(members) or not encodings or not newest)
     attributes = load_attributes(profile.decode()) if profile else {}
-    return UserMemory(attributes, newest_of(runs, history), matrix, others)
+    return UserMemory(attributes, known, _load_matrix(members)), is_all
+
+
+def _load_matrix(members: Sequence[bytes]) -> npt.NDArray[np.float32]:
+    """float32[J, d] of members of a sorted set, newest first; only those as long as the newest."""
+    if not members:
+        return _NO_VECTORS
+    size = len(members[0])
+    rows = [member for member in members if len(member) == size]
+    rows.reverse()
+    # One copy of all, without the numbers that lead the members.
+    return np.frombuffer(b"".join(rows), "<f4").reshape(len(rows), -1)[:, 1:]
 
 
 def _load_records(

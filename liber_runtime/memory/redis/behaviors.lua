@@ -9,7 +9,7 @@ local function append(keys, args)
   local at = {user = keys[1], steps = keys[2], events = keys[3], bucket = keys[4], registry = keys[5], dead = keys[6],
               summary = keys[7], id = args[1]}
   local token, expected, kept, digests = args[2], args[3], tonumber(args[4]), args[5]
-  local held = call('HMGET', at.user, 'revision', 'cut')
+  local held = call('HMGET', at.user, 'revision', 'cut', 'kept')
   local revision, cut = held[1] or '', tonumber(held[2] or 0)
   if revision == token then return 1 end
 
@@ -37,8 +37,10 @@ local function append(keys, args)
     call('HSET', at.user, 'p' .. (cut + index), args[7 + index])
     enqueue(at, 'summary', cut + index, '')
   end
-  call('HSET', at.user, 'revision', token, 'cut', cut + partitions, 'cache', args[6])
-  if call('HINCRBY', at.user, 'kept', kept) == kept then
+  local had = tonumber(held[3] or 0)
+  call('HSET', at.user, 'revision', token, 'cut', cut + partitions, 'kept', had + kept, 'cache', args[6])
+  if partitions > 0 then call('HSET', at.user, 'last', for_scoring(args[#args])) end
+  if had == 0 then
     count(at, 'users', 1)
     call('ZADD', at.registry, 'NX', args[7], at.id)
   end

@@ -59,6 +59,7 @@ local function erase(keys, args)
   count(at, 'behaviors', -1)
   if call('HINCRBY', at.user, 'kept', -1) == 0 then count(at, 'users', -1) end
   if number == 0 then return 1 end
+  if number == tonumber(call('HGET', at.user, 'cut')) then call('HSET', at.user, 'last', for_scoring(run)) end
   call('HDEL', at.user, 's' .. number, 'c' .. number, 'c' .. (number + 1))
   for each = number, number + 1 do
     drop_vectors(at, each)

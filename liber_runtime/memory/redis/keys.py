@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import functools
 import zlib
 from collections.abc import Sequence
 from urllib.parse import quote
@@ -16,6 +17,11 @@ SLOTS = 16384
 def slot_of(tag: str) -> int:
     """The slot of keys with this hash tag."""
     return binascii.crc_hqx(tag.encode(), 0) % SLOTS
+
+
+@functools.lru_cache(maxsize=256)
+def _quoted(fingerprint: str) -> str:
+    return quote(fingerprint, safe="")
 
 
 class Keys:
@@ -56,7 +62,7 @@ class Keys:
 
     def queue(self, bucket: int, step: Step, fingerprint: str = "") -> str:
         """The stream of a bucket's steps of one kind, and of one encoding for representations."""
-        return f"{self._prefixes[bucket]}queue:{step}:{quote(fingerprint, safe='')}"
+        return f"{self._prefixes[bucket]}queue:{step}:{_quoted(fingerprint)}"
 
     def user(self, user_id: str) -> str:
         """What is held of a user."""
@@ -73,7 +79,13 @@ class Keys:
     def vectors(self, user_id: str, fingerprint: str) -> str:
         """A user's vectors of one encoding."""
         # The quoted fingerprint holds no colon, so the key is unambiguous whatever the user's id is.
-        return f"{self._prefixes[self.bucket_of(user_id)]}vectors:{quote(fingerprint, safe='')}:{user_id}"
+        return f"{self._prefixes[self.bucket_of(user_id)]}vectors:{_quoted(fingerprint)}:{user_id}"
+
+    def for_scoring(self, user_id: str, fingerprint: str) -> tuple[int, str, str]:
+        """Slot, `user` and `vectors`, together, because scoring asks for many."""
+        bucket = self.bucket_of(user_id)
+        prefix = self._prefixes[bucket]
+        return self.slots[bucket], f"{prefix}user:{user_id}", f"{prefix}vectors:{_quoted(fingerprint)}:{user_id}"
 
     def arrival(self, user_id: str) -> list[str]:
         """What an append touches, as `append` in behaviors.lua takes it."""

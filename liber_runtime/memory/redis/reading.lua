@@ -1,17 +1,12 @@
--- What scoring needs of a user, and all that is held of one. A run is: behaviors and bytes of item ids (uint32 each),
--- item ids, feedback, timestamps, event ids; so what scoring needs of it lies at its beginning.
+-- What scoring needs of a user, and all that is held of one.
 
 local function size_of(run)
   return struct.unpack('<I4', run)
 end
 
-local function for_scoring(run)
-  local behaviors, ids = struct.unpack('<I4I4', run)
-  return string.sub(run, 1, 8 + ids + 8 * behaviors)
-end
-
 -- keys: user, vectors, bucket; args: history, newest vectors, fingerprint
--- Returns profile, runs (newest first), vectors (newest first), foreign fingerprints; nothing for an unknown user.
+-- Returns profile, runs (newest first), members of the sorted set (newest first), foreign fingerprints; nothing for an
+-- unknown user.
 local function read(keys, args)
   local held = call('HMGET', keys[1], 'profile', 'cut', 'cache', 'encodings')
   if not held[1] and not held[2] then return false end
@@ -27,15 +22,12 @@ local function read(keys, args)
     left, number = left - size_of(run), number - 1
   end
 
-  local newest, vectors, foreign = tonumber(args[2]), {}, ''
+  local newest, members, foreign = tonumber(args[2]), {}, ''
   if newest > 0 and cut > 0 then
-    local members = call('ZRANGE', keys[2], 0, newest - 1, 'REV')
-    for index, member in ipairs(members) do
-      if #member == #members[1] then vectors[index] = string.sub(member, 5) else break end
-    end
+    members = call('ZRANGE', keys[2], 0, newest - 1, 'REV')
     if #members == 0 and not has_line(call('HGET', keys[3], 'wanted'), args[3]) then foreign = held[4] or '' end
   end
-  return {held[1] or '', table.concat(runs), #vectors, table.concat(vectors), foreign}
+  return {held[1] or '', table.concat(runs), members, foreign}
 end
 
 -- args: place, first, last. Returns revision, partitions, profile, cache and for each partition asked for run, summary,

@@ -50,6 +50,19 @@ def newest_of(runs: bytes, limit: int) -> tuple[tuple[str, float], ...]:
     return newest(item_ids, feedback, limit)
 
 
+def newest_of_two(last: bytes, cache: bytes, limit: int) -> tuple[tuple[str, float], ...]:
+    """At most `limit` newest (item id, feedback), oldest first, of the last partition and the cache; whole runs too."""
+    found: tuple[tuple[str, float], ...] = ()
+    for run in (cache, last):
+        if len(run) > _HEADER.size and len(found) < limit:
+            count, size = _HEADER.unpack_from(run)
+            start = _HEADER.size + size
+            found = (
+                newest(run[_HEADER.size : start].decode(), run[start : start + 8 * count], limit - len(found)) + found
+            )
+    return found
+
+
 def dump_text(text: Text) -> bytes:
     """A text with where it came from. queue.lua reads the writer and the prompt's version out of it."""
     return json.dumps([getattr(text, name) for name in _TEXT_FIELDS], ensure_ascii=False).encode()

@@ -7,9 +7,10 @@ round trip to each server, whatever slots it touches.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +22,10 @@ from liber_runtime.memory.redis.address import Address
 from liber_runtime.memory.redis.failures import explain, is_passing, is_refusal, redirection_of
 from liber_runtime.memory.redis.keys import SLOTS
 from liber_runtime.memory.redis.library import SOURCE, function_name
+
+_pack: Callable[[tuple[Any, ...]], bytes] | None = None
+with contextlib.suppress(ImportError):  # the package redis works without it, more slowly
+    from hiredis import pack_command as _pack
 
 CALLS_PER_ROUND = 2_000
 """Most calls on their way at once: bounds the memory that replies take."""
@@ -214,7 +219,7 @@ class Servers:
                 commands.append(("WAIT", self._replicas, self.address.wait_milliseconds))
             try:
                 connection = self._borrow(node)
-                connection.send_packed_command(connection.pack_commands(commands))
+                connection.send_packed_command(_pack_all(connection, commands))
             except _LOST as error:
                 if is_refusal(error):
                     self._drop(sent)
@@ -326,6 +331,14 @@ class Servers:
 
 class _Unloaded(Exception):
     """The server has not our functions yet, or lost them."""
+
+
+def _pack_all(connection: Connection, commands: Sequence[tuple[Any, ...]]) -> list[bytes]:
+    """All commands as they go over the wire, in pieces."""
+    if _pack is None:
+        pieces: list[bytes] = connection.pack_commands(commands)
+        return pieces
+    return [b"".join(map(_pack, commands))]
 
 
 def _is_alive(connection: Connection) -> bool:

@@ -2,7 +2,8 @@
 --
 -- A user's keys share one slot with the keys of the user's bucket:
 --   user      hash: profile, revision, cut (partitions), kept (behaviors), cache; p<j>, s<j>, c<j> are partition j, its
---             summary and its shift; encodings: fingerprints of the vectors there are, one a line
+--             summary and its shift; last: what scoring needs of the last partition; encodings: fingerprints of the
+--             vectors there are, one a line
 --   steps     hash: "<step> <j> <fingerprint>" -> "<entry> <generation>", or "dead"
 --   events    set of digests of event ids
 --   vectors   sorted set for each fingerprint: score j, member 4 bytes j and float32[d]
@@ -11,6 +12,9 @@
 --   registry  sorted set of the users, by arrival
 --   dead      hash: "<step>\n<j>\n<fingerprint>\n<user>" -> "<attempts>\n<error>"
 --   queues    a stream for each kind of step; its one consumer group holds who has claimed what
+--
+-- A run of behaviors is: how many, bytes of their item ids (uint32 each), item ids, feedback, timestamps, event ids; so
+-- what scoring needs of it lies at its beginning.
 --
 -- When an entry may be claimed (again) is written as its time of delivery, HORIZON earlier: so "idle for HORIZON" is
 -- "due". Its count of deliveries is the attempts.
@@ -124,6 +128,11 @@ end
 
 local function close_representations(at, number)
   for _, fingerprint in ipairs(at.encodings) do close(at, 'representation', number, fingerprint) end
+end
+
+local function for_scoring(run)
+  local behaviors, ids = struct.unpack('<I4I4', run)
+  return string.sub(run, 1, 8 + ids + 8 * behaviors)
 end
 
 local function has(at, kind, number)
