@@ -43,7 +43,7 @@ class RedisServer:
     def __init__(self, directory: Path, options: Sequence[str] = (), port: int | None = None) -> None:
         self.directory = directory
         self.port = port or _free_port()
-        self._options = tuple(options)
+        self.options = tuple(options)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -63,7 +63,7 @@ class RedisServer:
         self.directory.mkdir(parents=True, exist_ok=True)
         log = self.directory / "redis.log"
         command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)]
-        command += ["--appendonly", "yes", "--save", "", "--logfile", str(log), "--daemonize", "no", *self._options]
+        command += ["--appendonly", "yes", "--save", "", "--logfile", str(log), "--daemonize", "no", *self.options]
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -54,8 +54,8 @@ class Address:
 
     def connection_options(self) -> dict[str, Any]:
         """What a connection of redis-py to any of the servers is made with."""
-        # One reply may lawfully take as long as the wait for replicas.
-        patience = max(min(self.timeout_seconds, 10.0), self.wait_milliseconds / 1000 + 1)
+        # One reply may lawfully take as long as the wait for replicas; a server that hangs longer is left for another.
+        patience = max(min(self.timeout_seconds / 3, 10.0), self.wait_milliseconds / 1000 + 1)
         options: dict[str, Any] = {
             "db": self.database,
             "username": self.username or None,

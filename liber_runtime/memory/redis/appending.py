@@ -11,8 +11,8 @@ import random
 import secrets
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from liber_runtime.behavior import Behavior
@@ -23,7 +23,7 @@ from liber_runtime.memory.redis.records import dump_run, load_run
 from liber_runtime.memory.redis.servers import Call, Servers, function
 from liber_runtime.partition import PartitionCondition, PreviousPartition, stream
 
-BEHAVIORS_PER_ROUND = 10_000
+BEHAVIORS_PER_ROUND = 2_000
 """Behaviors on their way at once, but never less than one user's: those are kept whole."""
 
 MAX_CALL_BYTES = 512 * 1024 * 1024
@@ -63,57 +63,67 @@ class Appender:
 
     def append(self, condition: PartitionCondition, behaviors: Sequence[Behavior]) -> tuple[int, int]:
         """Partitions and keeps what is not known yet; returns behaviors kept and partitions cut."""
-        arriving: dict[str, dict[str, Behavior]] = {}
+        left: dict[str, dict[str, Behavior]] = {}
         for behavior in behaviors:
-            arriving.setdefault(behavior.user_id, {}).setdefault(behavior.event_id, behavior)
-        kept = partitions = 0
-        for users in _rounds(arriving):
-            more = self._append_users(condition, users)
-            kept, partitions = kept + more[0], partitions + more[1]
-        return kept, partitions
-
-    def _append_users(self, condition: PartitionCondition, left: dict[str, dict[str, Behavior]]) -> tuple[int, int]:
+            user_id = behavior.user_id
+            if user_id not in left:
+                left[user_id] = {}
+            left[user_id].setdefault(behavior.event_id, behavior)
         # One token for all tries: a try whose reply was lost is recognised when it is sent again.
         token, moment = secrets.token_bytes(12), time.time()
-        digests = {user_id: {id_: event_digest(id_) for id_ in fresh} for user_id, fresh in left.items()}
         kept = partitions = tries = 0
         while left:
-            after = {user_id: self._partition(condition, user_id, fresh, token) for user_id, fresh in left.items()}
-            calls = [
-                self._call(user_id, token, after[user_id], [digests[user_id][id_] for id_ in left[user_id]], arrival)
-                for user_id, arrival in zip(left, _arrivals(moment), strict=False)
-            ]
             refused: dict[str, dict[str, Behavior]] = {}
-            for (user_id, fresh), reply in zip(left.items(), self._servers.run(calls, durable=True), strict=True):
-                if reply == 1:
-                    kept, partitions = kept + len(fresh), partitions + len(after[user_id].runs)
-                    self._remember(user_id, after[user_id].held)
-                    continue
-                fresh = self._learn(user_id, fresh, *reply)
-                if fresh:
-                    refused[user_id] = fresh
+            drafts: deque[dict[str, _Draft]] = deque()
+            calls = self._call_in_rounds(condition, left, token, moment, drafts)
+            for replies in self._servers.stream(calls, durable=True):
+                for (user_id, draft), reply in zip(drafts.popleft().items(), replies, strict=True):
+                    if reply == 1:
+                        kept, partitions = kept + len(draft.fresh), partitions + len(draft.runs)
+                        self._remember(user_id, draft.after)
+                    elif fresh := self._learn(user_id, draft.fresh, *reply):
+                        refused[user_id] = fresh
             left, tries = refused, tries + 1
             if left and tries > 1:
                 time.sleep(random.uniform(0, 0.002 * min(tries, 10)))
         return kept, partitions
 
-    def _partition(
-        self, condition: PartitionCondition, user_id: str, fresh: Mapping[str, Behavior], token: bytes
-    ) -> _After:
+    def _call_in_rounds(
+        self,
+        condition: PartitionCondition,
+        arriving: Mapping[str, dict[str, Behavior]],
+        token: bytes,
+        moment: float,
+        drafts: deque[dict[str, _Draft]],
+    ) -> Iterator[list[Call]]:
+        """Makes the calls of one round after the other; their drafts go into `drafts`."""
+        number = 0
+        for users in _rounds(arriving):
+            drafts.append({user_id: self._draft(condition, user_id, fresh, token) for user_id, fresh in users.items()})
+            calls = []
+            for user_id, draft in drafts[-1].items():
+                # A microsecond apart: users are listed in the order they came, also those of one call.
+                calls.append(self._call(user_id, token, draft, f"{moment + number * 1e-6:.6f}"))
+                number += 1
+            yield calls
+
+    def _draft(self, condition: PartitionCondition, user_id: str, fresh: dict[str, Behavior], token: bytes) -> _Draft:
         """Runs Algorithm 1 on what the user's memory is believed to be."""
         before = self._recall(user_id)
         streamed = stream(condition, before.cache, fresh.values(), self._previous(user_id, before.partitions))
-        return _After(
+        return _Draft(
+            fresh,
             before.revision,
             [dump_run(partition) for partition in streamed.partitions],
             dump_run(streamed.cache),
             Held(token, before.partitions + len(streamed.partitions), streamed.cache),
         )
 
-    def _call(self, user_id: str, token: bytes, after: _After, digests: Sequence[bytes], arrival: str) -> Call:
-        if sum(map(len, after.runs)) + 16 * len(digests) + len(after.cache) > MAX_CALL_BYTES:
+    def _call(self, user_id: str, token: bytes, draft: _Draft, arrival: str) -> Call:
+        digests = b"".join(map(event_digest, draft.fresh))
+        if sum(map(len, draft.runs)) + len(digests) + len(draft.cache) > MAX_CALL_BYTES:
             raise InvalidInputError(
-                f"{len(digests)} behaviors of user {user_id!r} in one call are more than {MAX_CALL_BYTES} bytes; "
+                f"{len(draft.fresh)} behaviors of user {user_id!r} in one call are more than {MAX_CALL_BYTES} bytes; "
                 "append them in several calls"
             )
         return function(
@@ -122,12 +132,12 @@ class Appender:
             self._keys.arrival(user_id),
             user_id,
             token,
-            after.revision,
-            len(digests),
-            b"".join(digests),
-            after.cache,
+            draft.revision,
+            len(draft.fresh),
+            digests,
+            draft.cache,
             arrival,
-            *after.runs,
+            *draft.runs,
         )
 
     def _learn(
@@ -175,13 +185,22 @@ class Appender:
             self._seen.pop(user_id, None)
 
 
-class _After(NamedTuple):
-    """A user's memory as it will be if nothing has changed: the revision it was made from, and what is new."""
+class _Draft(NamedTuple):
+    """What an append makes of a user's memory, if that is still as believed.
 
+    Attributes:
+        fresh: the behaviors, by event id.
+        revision: what the memory is believed to be at.
+        runs: the partitions cut, packed.
+        cache: what remains, packed.
+        after: what the memory is when this is kept.
+    """
+
+    fresh: dict[str, Behavior]
     revision: bytes
     runs: list[bytes]
     cache: bytes
-    held: Held
+    after: Held
 
 
 def _rounds(arriving: Mapping[str, dict[str, Behavior]]) -> Iterator[dict[str, dict[str, Behavior]]]:
@@ -196,11 +215,3 @@ def _rounds(arriving: Mapping[str, dict[str, Behavior]]) -> Iterator[dict[str, d
             users, size = {}, 0
     if users:
         yield users
-
-
-def _arrivals(moment: float) -> Iterable[str]:
-    """Times a microsecond apart: users are listed in the order they came, also those of one call."""
-    number = 0
-    while True:
-        yield f"{moment + number * 1e-6:.6f}"
-        number += 1

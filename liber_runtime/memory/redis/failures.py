@@ -29,6 +29,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ("cluster is down", "a part of the cluster has no master: start its servers, and repeat the call"),
     ("NOREPLICAS", "the master has fewer replicas than min-replicas-to-write: start them, and repeat the call"),
     ("unknown command", "LIBER needs Redis 7.0 or newer"),
+    ("SELECT is not allowed", "a cluster has database 0 only; write /0"),
     ("DB index is out of range", "the server has fewer databases; choose another number in the URL"),
     ("CERTIFICATE_VERIFY_FAILED", "name the certificate authority in the URL: ca=path/to/ca.crt"),
     ("certificate verify failed", "name the certificate authority in the URL: ca=path/to/ca.crt"),
@@ -59,7 +60,14 @@ def is_refusal(error: BaseException) -> bool:
     """Whether a server that was reached will not have us, however often we ask."""
     return isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError) or any(
         sign in message_of(error)
-        for sign in ("WRONGPASS", "NOAUTH", "CERTIFICATE_VERIFY_FAILED", "certificate verify failed", "DB index is out")
+        for sign in (
+            "WRONGPASS",
+            "NOAUTH",
+            "CERTIFICATE_VERIFY_FAILED",
+            "certificate verify failed",
+            "DB index is out",
+            "SELECT is not",
+        )
     )
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from redis import exceptions
 from redis.connection import Connection, SSLConnection
 
-from liber_runtime.exceptions import ConfigurationError, StoreError
+from liber_runtime.exceptions import StoreError
 from liber_runtime.memory.redis.address import Address
 from liber_runtime.memory.redis.failures import explain, is_passing, is_refusal, redirection_of
 from liber_runtime.memory.redis.keys import SLOTS
@@ -69,7 +69,6 @@ class Servers:
         address: where they are.
 
     Raises:
-        ConfigurationError: a database number on a cluster.
         StoreError: none can be reached, or they refuse us.
     """
 
@@ -79,8 +78,6 @@ class Servers:
         self._idle: dict[Node, list[Connection]] = {}
         self._closed = False
         self.is_cluster = self._detect_cluster()
-        if self.is_cluster and address.database:
-            raise ConfigurationError(f"store {address}: a cluster has database 0 only; write /0")
         self._topology = self._look_around()
         self._replicas = int(self._topology.replicated) if address.replicas is None else address.replicas
 
@@ -159,13 +156,35 @@ class Servers:
         """The reply to one call; see `run`."""
         return self._run([call], durable)[0]
 
+    def stream(self, rounds: Iterable[Sequence[Call]], *, durable: bool = False) -> Iterator[list[Any]]:
+        """The replies to each round of calls; a round is made and sent while the servers work on the one before.
+
+        Rounds are carried out side by side, so none may build on another.
+
+        Raises:
+            StoreError: see `run`; what was sent by then may or may not be kept.
+        """
+        waiting: list[_Round] = []
+        try:
+            for calls in rounds:
+                waiting.append(self._send(calls, dict.fromkeys(range(len(calls))), durable))
+                if len(waiting) > 1:
+                    yield self._finish(waiting.pop(0))
+            while waiting:
+                yield self._finish(waiting.pop(0))
+        finally:
+            for left in waiting:
+                _drop(left)
+
     def _run(self, calls: Sequence[Call], durable: bool) -> list[Any]:
-        replies: list[Any] = [None] * len(calls)
-        left: dict[int, Node | None] = dict.fromkeys(range(len(calls)))
-        deadline = 0.0
-        pause = 0.01
+        return self._finish(self._send(calls, dict.fromkeys(range(len(calls))), durable))
+
+    def _finish(self, sent: _Round) -> list[Any]:
+        """Takes in the replies to a round, and sends again what has to be."""
+        calls, replies = sent.calls, [None] * len(sent.calls)
+        deadline, pause = 0.0, 0.01
         while True:
-            failed = self._attempt(calls, left, replies, durable)
+            failed = self._take_in(sent, replies)
             if not failed:
                 return replies
             now = time.monotonic()
@@ -173,9 +192,11 @@ class Servers:
             error = next(iter(failed.values()))
             if now > deadline:
                 raise explain(self.address, error) from error
+            left: dict[int, Node | None] = {}
             if self._adapt(calls, failed, left):
                 time.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, 0.25)
+            sent = self._send(calls, left, sent.durable)
 
     def _adapt(self, calls: Sequence[Call], failed: Mapping[int, BaseException], left: dict[int, Node | None]) -> bool:
         """Learns from what failed where to send it next; returns whether to wait before that."""
@@ -195,20 +216,17 @@ class Servers:
             left[index] = to[1] if to and to[0] == "ASK" else None
         return away
 
-    def _attempt(
-        self, calls: Sequence[Call], left: Mapping[int, Node | None], replies: list[Any], durable: bool
-    ) -> dict[int, BaseException]:
-        """Sends what is left and fills in the replies; returns the calls to be sent again, with the reason."""
-        failed: dict[int, BaseException] = {}
+    def _send(self, calls: Sequence[Call], left: Mapping[int, Node | None], durable: bool) -> _Round:
+        """Sends what is left of some calls, to each server in one go."""
+        sent = _Round(calls, left, durable)
         by_node: dict[Node, list[int]] = {}
         by_slot = self._topology.by_slot
         for index, asked in left.items():
             node = asked or by_slot[calls[index].slot]
             if node is None:
-                failed[index] = exceptions.ConnectionError("CLUSTERDOWN Hash slot not served")
+                sent.failed[index] = exceptions.ConnectionError("CLUSTERDOWN Hash slot not served")
             else:
                 by_node.setdefault(node, []).append(index)
-        sent: list[tuple[Node, list[int], Connection]] = []
         for node, indices in by_node.items():
             commands: list[tuple[Any, ...]] = []
             for index in indices:
@@ -222,29 +240,40 @@ class Servers:
                 connection.send_packed_command(_pack_all(connection, commands))
             except _LOST as error:
                 if is_refusal(error):
-                    self._drop(sent)
+                    _drop(sent)
                     raise explain(self.address, error) from error
-                failed.update(dict.fromkeys(indices, error))
+                sent.failed.update(dict.fromkeys(indices, error))
+            except BaseException:
+                _drop(sent)
+                raise
             else:
-                sent.append((node, indices, connection))
+                sent.on_their_way.append((node, indices, connection))
+        return sent
+
+    def _take_in(self, sent: _Round, replies: list[Any]) -> dict[int, BaseException]:
+        """Fills in the replies; returns the calls to be sent again, with the reason."""
         fatal: BaseException | None = None
-        for node, indices, connection in sent:
-            fatal = self._receive(node, indices, connection, left, replies, failed, durable) or fatal
+        while sent.on_their_way:
+            node, indices, connection = sent.on_their_way.pop()
+            try:
+                fatal = self._receive(node, indices, connection, sent, replies) or fatal
+            except BaseException:
+                _drop(sent)
+                raise
         if fatal is not None:
             raise fatal if isinstance(fatal, StoreError) else explain(self.address, fatal) from fatal
-        return failed
+        return sent.failed
 
     def _receive(
         self,
         node: Node,
         indices: Sequence[int],
         connection: Connection,
-        left: Mapping[int, Node | None],
+        sent: _Round,
         replies: list[Any],
-        failed: dict[int, BaseException],
-        durable: bool,
     ) -> BaseException | None:
         """Reads one server's replies; returns an error that no repetition would cure."""
+        failed, left = sent.failed, sent.left
         fatal: BaseException | None = None
         unloaded = False
         try:
@@ -261,7 +290,7 @@ class Servers:
                         failed[index] = error
                     else:
                         fatal = error
-            if durable and self._replicas:
+            if sent.durable and self._replicas:
                 fatal = self._check_replicas(connection, failed, indices) or fatal
             if unloaded:
                 _ask(connection, "FUNCTION", "LOAD", "REPLACE", SOURCE)
@@ -317,16 +346,37 @@ class Servers:
         if self._closed:
             self.close()
 
-    def _drop(self, sent: Iterable[tuple[Node, Sequence[int], Connection]]) -> None:
-        for _, _, connection in sent:
-            connection.disconnect()
-
     def close(self) -> None:
         """Closes all connections; those in use when they are given back."""
         self._closed = True
         for idle in list(self._idle.values()):
             while idle:
                 idle.pop().disconnect()
+
+
+@dataclass
+class _Round:
+    """Calls that were sent together; see `Servers.stream`.
+
+    Attributes:
+        calls: all of them.
+        left: those that were sent now, with the server where another one said they are to be asked for.
+        durable: whether each server was also asked to wait for its replicas.
+        failed: what has to be sent again, with the reason.
+        on_their_way: what waits for replies, by server.
+    """
+
+    calls: Sequence[Call]
+    left: Mapping[int, Node | None]
+    durable: bool
+    failed: dict[int, BaseException] = field(default_factory=dict)
+    on_their_way: list[tuple[Node, list[int], Connection]] = field(default_factory=list)
+
+
+def _drop(sent: _Round) -> None:
+    """Gives up replies that nobody waits for any more."""
+    for _, _, connection in sent.on_their_way:
+        connection.disconnect()
 
 
 class _Unloaded(Exception):
