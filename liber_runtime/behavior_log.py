@@ -18,6 +18,7 @@ absent attribute.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import datetime
 import itertools
@@ -26,12 +27,14 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
 from liber_runtime.behavior import Attributes, AttributeValue, Behavior, Item
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
+from liber_runtime.memory.checks import check_arrival
 
 STANDARD_INPUT = "-"
+BEHAVIOR_KEYS = ("user", "item", "timestamp", "feedback")
 SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 MAX_LINE_BYTES = 1 << 20
 """A line longer than this is a file in another format, and is not read into memory to find that out."""
@@ -48,26 +51,84 @@ _Record: TypeAlias = Mapping[str, Any]
 _Numbered: TypeAlias = tuple[int, _Record]
 
 
-def read_behaviors(path: str | Path) -> Iterator[Behavior]:
-    """Yields the behaviors of a log in file order, one at a time.
+class Place(NamedTuple):
+    """Where a record of a log ends, so that reading can go on behind it.
+
+    Attributes:
+        offset: bytes from the start of a text file, rows of a Parquet file.
+        line: lines before it.
+    """
+
+    offset: int
+    line: int
+
+
+START = Place(0, 0)
+
+
+class BehaviorLog:
+    """The behaviors of one log in file order, and how far reading has come.
 
     Args:
         path: a ``.csv``, ``.jsonl``/``.ndjson`` or ``.parquet`` file, or ``-`` for standard input, which is JSON
             lines if its first byte is ``{`` and CSV otherwise.
+        start: the `place` that an earlier reading of the same file came to. Standard input has one start only.
 
-    Raises:
-        InvalidInputError: missing or empty file, unknown suffix, missing column, or a broken line.
-        ConfigurationError: Parquet without the ``parquet`` extra.
+    Attributes:
+        offset: where the record of the newest behavior ended, see `Place`. A last line without its line break is not
+            counted: it may still be growing.
     """
-    found = False
-    for line, record in _records(path, required=("user", "item", "timestamp", "feedback")):
-        found = True
-        try:
-            yield _behavior(record)
-        except InvalidInputError as error:
-            _refuse(path, line, str(error))
-    if not found:
-        raise InvalidInputError(f"{_name(path)} holds no behaviors; put at least one line below the header")
+
+    def __init__(self, path: str | Path, start: Place = START) -> None:
+        self.path = path
+        self.offset = start.offset
+        self._line = start.line
+        self._start = start
+        self._behaviors = self._read()
+        self._first: list[Behavior] = []
+
+    @property
+    def place(self) -> Place:
+        """Where the record of the newest behavior ended."""
+        return Place(self.offset, self._line)
+
+    def check(self) -> None:
+        """Reads as far as the first behavior, which is not lost: a log that is none is refused before anything is done.
+
+        Raises:
+            InvalidInputError: see `__iter__`.
+            ConfigurationError: see `__iter__`.
+        """
+        self._first += itertools.islice(self._behaviors, 1)
+
+    def __iter__(self) -> Iterator[Behavior]:
+        """Yields one behavior at a time; a log is read once.
+
+        Raises:
+            InvalidInputError: missing or empty file, unknown suffix, missing column, a broken line, or a timestamp more
+                than a day ahead of the clock.
+            ConfigurationError: Parquet without the ``parquet`` extra.
+        """
+        return itertools.chain(self._first, self._behaviors)
+
+    def _read(self) -> Iterator[Behavior]:
+        reached = _Reached(self._start.offset, self._start.line)
+        found = self._start != START
+        for line, record in _records(self.path, BEHAVIOR_KEYS, reached):
+            found = True
+            try:
+                behavior = to_behavior(record)
+            except InvalidInputError as error:
+                _refuse(self.path, line, str(error))
+            self.offset, self._line = reached.offset, reached.line
+            yield behavior
+        if not found:
+            raise InvalidInputError(f"{_name(self.path)} holds no behaviors; put at least one line below the header")
+
+
+def read_behaviors(path: str | Path) -> Iterator[Behavior]:
+    """Yields the behaviors of a log in file order, one at a time; see `BehaviorLog`."""
+    return iter(BehaviorLog(path))
 
 
 def read_items(path: str | Path) -> list[Item]:
@@ -111,6 +172,25 @@ def read_profiles(path: str | Path) -> dict[str, Attributes]:
             _refuse(path, line, str(error))
         profiles[user] = attributes
     return profiles
+
+
+def is_parquet(path: str | Path) -> bool:
+    """Whether a log is Parquet, by its name."""
+    return Path(path).suffix == ".parquet"
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of a text file, rows of a Parquet file: what `Place.offset` comes to at its end.
+
+    Raises:
+        InvalidInputError: it is not there, or said to be Parquet and is not.
+        ConfigurationError: Parquet without the ``parquet`` extra.
+    """
+    if is_parquet(path):
+        with _parquet(Path(path)) as (polars, table):
+            return int(table.select(polars.len()).collect().item())
+    _require_file(Path(path))
+    return Path(path).stat().st_size
 
 
 def parse_timestamp(value: object) -> float:
@@ -160,7 +240,12 @@ def _number(value: object) -> float:
         raise ValueError from None
 
 
-def _behavior(record: _Record) -> Behavior:
+def to_behavior(record: Mapping[str, Any]) -> Behavior:
+    """The behavior of a record with the keys ``user``, ``item``, ``timestamp``, ``feedback`` and maybe ``event_id``.
+
+    Raises:
+        InvalidInputError: a value that is none, or a timestamp more than a day ahead of the clock.
+    """
     try:
         feedback = _number(record["feedback"])
     except ValueError:
@@ -168,13 +253,33 @@ def _behavior(record: _Record) -> Behavior:
             f"feedback {record['feedback']!r:.80} is not a number; write a rating, seconds, or 1 and 0 for clicks"
         ) from None
     event = record.get("event_id")
-    return Behavior(
+    behavior = Behavior(
         user_id=_id("user", record["user"]),
         item_id=_id("item", record["item"]),
         feedback=feedback,
         timestamp=parse_timestamp(record["timestamp"]),
         event_id="" if event is None or event == "" else _id("event", event),
     )
+    check_arrival((behavior,))
+    return behavior
+
+
+def parse_record(text: str, required: tuple[str, ...] = BEHAVIOR_KEYS) -> dict[str, Any]:
+    """The object on a JSON line, with all the `required` keys.
+
+    Raises:
+        InvalidInputError: not JSON, no object, or a key is missing.
+    """
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{text.strip()!r:.80} is not JSON ({error}); write one object a line") from None
+    if not isinstance(record, dict):
+        raise InvalidInputError(f"{text.strip()!r:.80} is not an object; write one {{...}} a line")
+    for key in required:
+        if key not in record:
+            raise InvalidInputError(f"key {key!r} is missing from {text.strip()!r:.120}; add it")
+    return record
 
 
 def _id(noun: str, value: object) -> str:
@@ -236,26 +341,32 @@ def _typed(name: str, value: object) -> AttributeValue:
     raise InvalidInputError(f"{name} {value!r:.80} is not an attribute; write a text, a number or a list of texts")
 
 
-def _records(path: str | Path, required: tuple[str, ...]) -> Iterator[_Numbered]:
-    """(line number, record) from any source; every record has all the required keys."""
+class _Reached:
+    """How far a reader has come; at first how far it shall skip. See `Place`."""
+
+    def __init__(self, offset: int = 0, line: int = 0) -> None:
+        self.offset = offset
+        self.line = line
+
+
+def _records(path: str | Path, required: tuple[str, ...], reached: _Reached | None = None) -> Iterator[_Numbered]:
+    """(line number, record) from any source, from where `reached` says; every record has all the required keys."""
+    reached = reached or _Reached()
     if str(path) == STANDARD_INPUT:
-        lines = _lines(sys.stdin.buffer, path)
-        first = next(lines, "")
-        rest = itertools.chain([first] if first else [], lines)
-        return (_json_records if first.startswith("{") else _csv_records)(rest, path, required)
+        lines = _Lines(sys.stdin.buffer, path, reached)
+        yield from (_json_records if lines.first_byte() == b"{" else _csv_records)(lines, path, required)
+        return
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise InvalidInputError(f"{path} has an unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
-    if path.suffix == ".parquet":
-        return _parquet_records(path, required)
-    return (_csv_records if path.suffix == ".csv" else _json_records)(_file_lines(path), path, required)
-
-
-def _file_lines(path: Path) -> Iterator[str]:
+    if is_parquet(path):
+        yield from _parquet_records(path, required, reached)
+        return
     _require_file(path)
     try:
         with path.open("rb") as stream:
-            yield from _lines(stream, path)
+            lines = _Lines(stream, path, reached)
+            yield from (_csv_records if path.suffix == ".csv" else _json_records)(lines, path, required)
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
 
@@ -267,25 +378,59 @@ def _require_file(path: Path) -> None:
         raise InvalidInputError(f"{path} is a directory; name the file in it")
 
 
-def _lines(stream: BinaryIO, path: str | Path) -> Iterator[str]:
-    """Decoded lines. Decoding line by line, rather than by the stream, is what can name the broken line."""
-    number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
+class _Lines:
+    """Decoded lines of a stream. Decoding line by line, rather than by the stream, is what can name the broken line."""
+
+    def __init__(self, stream: BinaryIO, path: str | Path, reached: _Reached) -> None:
+        self._stream = stream
+        self._path = path
+        self._reached = reached
+        self._skip = Place(reached.offset, reached.line)
+        self._first = b""
+        self.number = reached.offset = reached.line = 0
+
+    def first_byte(self) -> bytes:
+        """What the stream begins with, still to be read; nothing if it is empty."""
+        self._first = self._stream.read(1)
+        return self._first
+
+    def skip(self) -> None:
+        """Goes on where an earlier reading ended, unless that is already behind."""
+        if self._skip.offset > self._reached.offset:
+            self._stream.seek(self._skip.offset)
+            self._reached.offset, self._reached.line = self._skip
+            self.number = self._skip.line
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(MAX_LINE_BYTES + 1)
+        if self._first:
+            line, self._first = self._first + line, b""
+        if not line:
+            if not self.number:
+                raise InvalidInputError(
+                    f"{_name(self._path)} is empty; put a header and at least one line into it"
+                ) from None
+            raise StopIteration
+        self.number += 1
         if len(line) > MAX_LINE_BYTES:
-            _refuse(path, number, f"longer than {MAX_LINE_BYTES} bytes; is this a text file with one record a line?")
+            problem = f"longer than {MAX_LINE_BYTES} bytes; is this a text file with one record a line?"
+            _refuse(self._path, self.number, problem)
         try:
-            yield line.decode()
+            text = (line.removeprefix(codecs.BOM_UTF8) if self.number == 1 else line).decode()
         except UnicodeDecodeError as error:
-            bad = line[error.start : error.end]
-            _refuse(path, number, f"byte {bad!r} at column {error.start + 1} is not UTF-8; re-encode the file as UTF-8")
-    if not number:
-        raise InvalidInputError(f"{_name(path)} is empty; put a header and at least one line into it")
+            bad = error.object[error.start : error.end]
+            problem = f"byte {bad!r} at column {error.start + 1} is not UTF-8; re-encode the file as UTF-8"
+            _refuse(self._path, self.number, problem)
+        if line.endswith(b"\n"):
+            self._reached.offset += len(line)
+            self._reached.line = self.number
+        return text
 
 
-def _csv_records(lines: Iterable[str], path: str | Path, required: tuple[str, ...]) -> Iterator[_Numbered]:
+def _csv_records(lines: _Lines, path: str | Path, required: tuple[str, ...]) -> Iterator[_Numbered]:
     rows = csv.reader(lines, strict=True)
     try:
         header = [column.strip() for column in next(rows, [])]
@@ -293,18 +438,19 @@ def _csv_records(lines: Iterable[str], path: str | Path, required: tuple[str, ..
         repeated = {column for column in header if header.count(column) > 1}
         if repeated:
             _refuse(path, 1, f"column {min(repeated)!r} appears twice in the header; rename one")
+        lines.skip()
         for row in rows:
             if not row:
                 continue
             if len(row) != len(header):
                 _refuse(
                     path,
-                    rows.line_num,
+                    lines.number,
                     f"{len(row)} values {row!r:.120} under {len(header)} columns; quote values that hold a comma",
                 )
-            yield rows.line_num, dict(zip(header, row, strict=True))
+            yield lines.number, dict(zip(header, row, strict=True))
     except csv.Error as error:
-        _refuse(path, rows.line_num, f"not CSV ({error}); quote values that hold a comma, a quote or a line break")
+        _refuse(path, lines.number, f"not CSV ({error}); quote values that hold a comma, a quote or a line break")
 
 
 def _require_columns(found: Iterable[str], path: str | Path, required: tuple[str, ...]) -> None:
@@ -317,35 +463,39 @@ def _require_columns(found: Iterable[str], path: str | Path, required: tuple[str
         )
 
 
-def _json_records(lines: Iterable[str], path: str | Path, required: tuple[str, ...]) -> Iterator[_Numbered]:
-    for number, line in enumerate(lines, start=1):
+def _json_records(lines: _Lines, path: str | Path, required: tuple[str, ...]) -> Iterator[_Numbered]:
+    lines.skip()
+    for line in lines:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            _refuse(path, number, f"{line.strip()!r:.80} is not JSON ({error}); write one object a line")
-        if not isinstance(record, dict):
-            _refuse(path, number, f"{line.strip()!r:.80} is not an object; write one {{...}} a line")
-        for key in required:
-            if key not in record:
-                _refuse(path, number, f"key {key!r} is missing from {line.strip()!r:.120}; add it")
-        yield number, record
+            record = parse_record(line, required)
+        except InvalidInputError as error:
+            _refuse(path, lines.number, str(error))
+        yield lines.number, record
 
 
-def _parquet_records(path: Path, required: tuple[str, ...]) -> Iterator[_Numbered]:
+def _parquet_records(path: Path, required: tuple[str, ...], reached: _Reached) -> Iterator[_Numbered]:
+    with _parquet(path) as (polars, table):
+        _require_columns(table.collect_schema().names(), path, required)
+        rows = table.select(polars.len()).collect().item()
+        for start in range(reached.offset, rows, _PARQUET_BATCH_ROWS):
+            batch = table.slice(start, _PARQUET_BATCH_ROWS).collect()
+            for row, record in enumerate(batch.iter_rows(named=True), start=start + 1):
+                reached.offset = reached.line = row
+                yield row, record
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Polars, and a Parquet file that nothing has been read of."""
     try:
         import polars
     except ImportError:
         raise ConfigurationError(f"{path} is Parquet, which needs polars; install liber-runtime[parquet]") from None
     _require_file(path)
     try:
-        table = polars.scan_parquet(path)
-        _require_columns(table.collect_schema().names(), path, required)
-        rows = table.select(polars.len()).collect().item()
-        for start in range(0, rows, _PARQUET_BATCH_ROWS):
-            batch = table.slice(start, _PARQUET_BATCH_ROWS).collect()
-            yield from enumerate(batch.iter_rows(named=True), start=start + 1)
+        yield polars, polars.scan_parquet(path)
     except (polars.exceptions.PolarsError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidInputError(f"{path} cannot be read as Parquet ({reason:.200}); write it again") from None

@@ -17,8 +17,16 @@ class StoreError(LiberError):
     """The memory store cannot do what was asked; nothing was half-written."""
 
 
+class IngestError(LiberError):
+    """Behaviors cannot be fetched or set aside (a broker, a work directory); what was acknowledged is kept."""
+
+
 class ServerError(LiberError):
     """The Triton server did not start, or did not do what was asked of it."""
+
+
+class WriterAwayError(LiberError):
+    """A writer was certainly not called, e.g. because the connection was refused: nothing was paid for."""
 
 
 class ScoringError(LiberError):

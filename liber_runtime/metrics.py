@@ -27,6 +27,14 @@ class Metrics:
         self._repeated = Counter(
             "liber_calls_repeated", "Writer calls that an earlier claim may have made.", registry=self.registry
         )
+        self._renewed = Counter(
+            "liber_claims_renewed", "Claims held longer because their call still ran.", registry=self.registry
+        )
+        self._lost = Counter("liber_claims_lost", "Claims found lost while their call ran.", registry=self.registry)
+        self._store_failures = Counter(
+            "liber_store_failures", "Calls of the store that failed and were tried again.", registry=self.registry
+        )
+        self._held = Gauge("liber_claims_held", "Claims held now.", ["kind"], registry=self.registry)
         self._queue = Gauge("liber_queue_steps", "Steps waiting or claimed.", ["step"], registry=self.registry)
         self._dead_letters = Gauge(
             "liber_dead_steps", "Steps in the dead-letter list.", ["step"], registry=self.registry
@@ -38,13 +46,16 @@ class Metrics:
             buckets=_WRITER_BUCKETS,
             registry=self.registry,
         )
-        self._tokens = Counter("liber_writer_tokens", "Tokens of writers.", ["direction"], registry=self.registry)
+        tokens = Counter("liber_writer_tokens", "Tokens of writers.", ["direction"], registry=self.registry)
+        # Looked up once: a label costs as much as all else that is counted for a text.
+        self._seconds_of = {kind: self._writer_seconds.labels(kind) for kind in ("summary", "shift")}
+        self._prompt_tokens, self._response_tokens = tokens.labels("prompt"), tokens.labels("response")
 
     def written(self, text: Text) -> None:
         """Counts one answer of a writer."""
-        self._writer_seconds.labels(text.kind).observe(text.seconds)
-        self._tokens.labels("prompt").inc(text.prompt_tokens or 0)
-        self._tokens.labels("response").inc(text.response_tokens or 0)
+        self._seconds_of[text.kind].observe(text.seconds)
+        self._prompt_tokens.inc(text.prompt_tokens or 0)
+        self._response_tokens.inc(text.response_tokens or 0)
 
     def kept(self, step: Step, count: int) -> None:
         """Counts results that the store kept."""
@@ -63,6 +74,27 @@ class Metrics:
     def repeated(self) -> None:
         """Counts a writer call that may have been made, and paid for, before."""
         self._repeated.inc()
+
+    def renewed(self, count: int) -> None:
+        """Counts claims whose lease was renewed."""
+        self._renewed.inc(count)
+
+    def lost(self, count: int) -> None:
+        """Counts claims that were found lost while their call ran."""
+        self._lost.inc(count)
+
+    def store_failed(self) -> None:
+        """Counts a call of the store that failed and is tried again."""
+        self._store_failures.inc()
+
+    def held(self, kind: str, count: int) -> None:
+        """Sets how many claims a worker holds.
+
+        Args:
+            kind: ``write`` or ``encode``.
+            count: claims.
+        """
+        self._held.labels(kind).set(count)
 
     def queue(self, statistics: Statistics) -> None:
         """Sets the sizes of the queue."""

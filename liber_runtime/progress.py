@@ -7,7 +7,17 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 Advance: TypeAlias = Callable[[int], None]
@@ -45,3 +55,29 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
         yield lambda done: display.advance(task, done)
         # A step may be done before its total, as training that stops early is.
         display.update(task, total=display.tasks[task].completed)
+
+
+@contextmanager
+def reading_progress(title: str, total: int | None, *, size: str = "") -> Iterator[Callable[[int, int], None]]:
+    """Shows how many behaviors have been read, and of a source of known size per cent and remaining time.
+
+    Args:
+        title: what is being done.
+        total: the size; None if unknown.
+        size: what it is counted in; ``bytes`` are shown as kB, MB, GB.
+
+    Yields:
+        Called with the behaviors done so far, and how much of `total` that is.
+    """
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=24),
+        *([TaskProgressColumn()] if total is not None else []),
+        *([DownloadColumn()] if size == "bytes" else []),
+        TextColumn("{task.fields[behaviors]:,} behaviors"),
+        TimeElapsedColumn(),
+        *([TimeRemainingColumn()] if total is not None else []),
+    )
+    with Progress(*columns, console=console) as display:
+        task = display.add_task(title, total=total, behaviors=0)
+        yield lambda behaviors, done: display.update(task, completed=done, behaviors=behaviors)

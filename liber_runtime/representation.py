@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +26,9 @@ PAIRS_PER_REQUEST = 8
 REQUESTS_IN_FLIGHT = 2
 """One request computes while the next one is tokenized."""
 
+FINGERPRINT_SECONDS = 10.0
+"""A server may be switched to another bundle while there is nothing to encode: what it makes is asked that often."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -44,6 +48,14 @@ class Encoder(Protocol):
 
     async def encode(self, texts: Sequence[tuple[str, str]]) -> Encoded:
         """Encodes pairs of (summary, shift), at least one; the shift of a first partition is empty.
+
+        Raises:
+            ScoringError: the encoding server refused or did not answer. UNAVAILABLE and ABORTED cost no attempt.
+        """
+        ...
+
+    async def fingerprint(self) -> str:
+        """What encoding the vectors are of that `encode` would make now: what a worker claims steps for.
 
         Raises:
             ScoringError: the encoding server refused or did not answer.
@@ -118,6 +130,8 @@ class TritonEncoder:
     def __init__(self, url: str) -> None:
         """Names the server; connects at the first call."""
         self._model = TextModel(url, MODEL)
+        self._fingerprint = ""
+        self._told_at = 0.0
 
     async def encode(self, texts: Sequence[tuple[str, str]]) -> Encoded:
         """See `Encoder.encode`. Equal pairs are encoded once."""
@@ -132,8 +146,16 @@ class TritonEncoder:
 
         await self._model.run(distinct, ("representation", "fingerprint"), receive)
         if len(fingerprints) != 1:
+            self._fingerprint = ""
             raise ScoringError("the encoder was replaced while these texts were encoded; encode them again", "ABORTED")
-        return Encoded(np.stack([rows[pair] for pair in texts]), fingerprints.pop())
+        self._fingerprint, self._told_at = fingerprints.pop(), time.monotonic()
+        return Encoded(np.stack([rows[pair] for pair in texts]), self._fingerprint)
+
+    async def fingerprint(self) -> str:
+        """See `Encoder.fingerprint`: that of the newest answer, or of one short text if that is long ago."""
+        if not self._fingerprint or time.monotonic() - self._told_at > FINGERPRINT_SECONDS:
+            await self.encode([("interest", "")])
+        return self._fingerprint
 
     async def close(self) -> None:
         """Closes the channel."""

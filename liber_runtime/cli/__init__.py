@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from typing import Annotated, NoReturn
@@ -10,16 +11,20 @@ import typer
 from rich.text import Text
 
 from liber_runtime import __version__
-from liber_runtime.cli import build, ingest, memory, serve, worker  # each adds its commands
+from liber_runtime.cli import build, ingest, inspection, memory, serve, worker  # each adds its commands
 from liber_runtime.cli.application import application
 from liber_runtime.exceptions import LiberError
 from liber_runtime.progress import console
 
-__all__ = ["application", "build", "ingest", "main", "memory", "serve", "worker"]
+__all__ = ["application", "build", "ingest", "inspection", "main", "memory", "serve", "worker"]
 
 
 def main() -> None:
     """Runs the command; an error of LIBER's own is one line on standard error and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        # Titles may hold what a terminal's encoding has no bytes for; that is no reason to end.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # As Ctrl-C does, SIGTERM unwinds the stack, so that servers are stopped and files closed on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

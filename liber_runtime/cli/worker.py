@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated
@@ -14,12 +15,12 @@ import typer
 
 from liber_runtime.cli.application import StoreOption, TritonOption, application, opened, output
 from liber_runtime.exceptions import LiberError
-from liber_runtime.memory import MemoryStore
 from liber_runtime.progress import console, progress
 from liber_runtime.settings import load_settings
 
 if TYPE_CHECKING:
-    from liber_runtime.worker import WorkerProgress, WorkerReport
+    from liber_runtime.representation import TritonEncoder
+    from liber_runtime.worker import Worker, WorkerProgress, WorkerReport
 
 
 @application.command()
@@ -32,39 +33,81 @@ def worker(
     texts_only: Annotated[
         bool, typer.Option("--texts-only", help="Write texts and leave the encoding to another worker.")
     ] = False,
+    retry_dead: Annotated[
+        bool, typer.Option("--retry-dead", help="Try the steps again that were given up, with all attempts ahead.")
+    ] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="Most calls of the writer in flight.")] = 32,
+    calls_per_minute: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most calls of the writer begun in any minute, by this worker. [default: no limit]"),
+    ] = None,
+    call_seconds: Annotated[float, typer.Option(min=0.1, help="A call that takes longer is given up.")] = 600.0,
+    stop_seconds: Annotated[
+        float,
+        typer.Option(min=0.0, help="How long calls in flight are waited for on SIGTERM; later ones are given back."),
+    ] = 30.0,
     metrics_port: Annotated[
         int, typer.Option(help="Serve Prometheus metrics on this port of 127.0.0.1; 0 for none.")
     ] = 0,
 ) -> None:
-    """Turn pending partitions into texts and vectors, with the statistical writer, until SIGTERM or Ctrl-C."""
+    """Turn pending partitions into texts and vectors, with the statistical writer, until SIGTERM or Ctrl-C.
+
+    A second signal ends at once; what was in flight is then taken over when its lease ends.
+    """
     from liber_runtime.metrics import Metrics
     from liber_runtime.representation import TritonEncoder
     from liber_runtime.worker import Worker
+    from liber_runtime.writers.limits import Limited
     from liber_runtime.writers.statistical import StatisticalWriter
 
     metrics = Metrics()
     if metrics_port:
         metrics.serve(metrics_port)
-
-    async def work(memory: MemoryStore, tell: Callable[[WorkerProgress], None]) -> WorkerReport:
+    with opened(store) as memory:
+        if retry_dead:
+            console.print(f"{memory.revive()} steps that were given up are ready again")
         encoder = None if texts_only else TritonEncoder(triton or load_settings().triton)
-        working = Worker(memory, StatisticalWriter(), encoder, metrics=metrics)
-        try:
-            if drain:
-                return await working.drain(tell)
-            stop = asyncio.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, stop.set)
-            return await working.run(stop, tell)
-        finally:
-            if encoder is not None:
-                await encoder.close()
-
-    with opened(store) as memory, _told(bar=drain) as tell:
-        report = asyncio.run(work(memory, tell))
+        hands = Worker(
+            memory,
+            Limited(StatisticalWriter(), concurrency, calls_per_minute),
+            encoder,
+            metrics=metrics,
+            concurrency=concurrency,
+            call_seconds=call_seconds,
+            stop_seconds=stop_seconds,
+        )
+        report, signalled = asyncio.run(_work(hands, encoder, drain))
     output.print_json(json.dumps(dataclasses.asdict(report)))
     if report.dead:
-        raise LiberError(f"{report.dead} steps were given up after repeated failures, the reason is above")
+        raise LiberError(
+            f"{report.dead} steps were given up after repeated failures; see them with `liber inspect --dead`, "
+            "try them again with `liber worker --retry-dead`"
+        )
+    if drain and signalled:
+        sys.exit(128 + signalled)  # what was to be drained is not
+
+
+async def _work(hands: Worker, encoder: TritonEncoder | None, drain: bool) -> tuple[WorkerReport, int]:
+    """Runs or drains a worker; says also which signal stopped it, 0 for none."""
+    stop, signalled = asyncio.Event(), 0
+
+    def stop_by(number: int) -> None:
+        nonlocal signalled
+        signalled = number
+        stop.set()
+        for again in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().remove_signal_handler(again)
+            signal.signal(again, signal.SIG_DFL)
+        console.print(f"stopping: calls in flight have {hands.stop_seconds:g} s to end; a second signal ends at once")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop_by, number)
+    try:
+        with _told(bar=drain) as tell:
+            return (await hands.drain(tell, stop) if drain else await hands.run(stop, tell)), signalled
+    finally:
+        if encoder is not None:
+            await encoder.close()
 
 
 @contextmanager

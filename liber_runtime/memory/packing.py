@@ -29,11 +29,27 @@ def unpack(user_id: str, item_ids: str, feedback: bytes, timestamps: bytes, even
     if not item_ids:
         return []
     return [
-        Behavior(user_id, *values)
+        _restored(user_id, *values)
         for values in zip(
             item_ids.split("\n"), _floats(feedback), _floats(timestamps), event_ids.split("\n"), strict=True
         )
     ]
+
+
+def _restored(user_id: str, item_id: str, feedback: float, timestamp: float, event_id: str) -> Behavior:
+    # What was checked when it came in is not checked again: appending would spend most of its time on that.
+    behavior = object.__new__(Behavior)
+    _set_user_id(behavior, user_id)
+    _set_item_id(behavior, item_id)
+    _set_feedback(behavior, feedback)
+    _set_timestamp(behavior, timestamp)
+    _set_event_id(behavior, event_id)
+    return behavior
+
+
+_set_user_id, _set_item_id, _set_feedback, _set_timestamp, _set_event_id = (
+    vars(Behavior)[name].__set__ for name in ("user_id", "item_id", "feedback", "timestamp", "event_id")
+)
 
 
 def newest(item_ids: str, feedback: bytes, limit: int) -> tuple[tuple[str, float], ...]:

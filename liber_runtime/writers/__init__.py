@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from liber_runtime.interest import Prompt
 
@@ -32,9 +32,21 @@ class Writer(Protocol):
         ...
 
     async def write(self, prompt: Prompt) -> Completion:
-        """Answers one prompt; many calls may be in flight.
+        """Answers one prompt; many calls may be in flight, and any of them may be cancelled.
 
         Raises:
+            WriterAwayError: certainly no call was made (the connection was refused, the name was not resolved): it
+                costs the step no attempt, however often it happens. What breaks off after the prompt was sent is not
+                that: the call may have been made, and paid for.
             LiberError: no usable answer; the worker decides whether to try again.
         """
+        ...
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """A writer that cannot be called at any time. A worker claims no more steps than it can call for at once."""
+
+    def free(self) -> tuple[int, float]:
+        """How many calls would begin at once, and seconds until it is worth asking again if none would."""
         ...

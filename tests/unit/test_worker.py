@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from liber_runtime.behavior import Behavior, Domain, Item
-from liber_runtime.exceptions import ConfigurationError, InvalidInputError, ScoringError, StoreError
+from liber_runtime.exceptions import ConfigurationError, InvalidInputError, LiberError, ScoringError, StoreError
 from liber_runtime.interest import Prompt, ShiftPrompt, SummaryPrompt
 from liber_runtime.memory.sqlite import SQLiteStore
 from liber_runtime.metrics import Metrics
@@ -56,6 +56,7 @@ class LengthEncoder:
     """A vector that tells the texts' lengths."""
 
     def __init__(self, poison: str = "\x00", fail_first: int = 0) -> None:
+        self.makes = "lengths"
         self.batches: list[list[tuple[str, str]]] = []
         self.poison = poison
         self.fail_first = fail_first
@@ -66,13 +67,16 @@ class LengthEncoder:
             raise ScoringError("liber_encode is away", "UNAVAILABLE")
         if any(self.poison in summary for summary, _ in texts):
             raise ScoringError("a text is not UTF-8", "INVALID_ARGUMENT")
-        return Encoded(np.array([[len(s), len(c)] for s, c in texts], np.float32), "lengths")
+        return Encoded(np.array([[len(s), len(c)] for s, c in texts], np.float32), self.makes)
+
+    async def fingerprint(self) -> str:
+        return self.makes
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SQLiteStore]:
     store = SQLiteStore(str(tmp_path / "memory.db"), Count(3))
-    store.put_items(DOMAIN, [Item("item-0", "Alpha"), Item("item-1", "Beta")])
+    store.describe(DOMAIN, [Item("item-0", "Alpha"), Item("item-1", "Beta")])
     yield store
     store.close()
 
@@ -87,7 +91,7 @@ def counts(report: WorkerReport) -> tuple[int, ...]:
 
 
 async def test_drain_makes_everything_there_is_to_make(store: SQLiteStore) -> None:
-    store.put_profiles({"ann": {"age": 31}})
+    store.describe(profiles={"ann": {"age": 31}})
     store.append([*behaviors("ann", 10), *behaviors("bo", 3), *behaviors("cy", 2)])
     writer, encoder = EchoWriter(), LengthEncoder()
     seen: list[WorkerProgress] = []
@@ -105,8 +109,7 @@ async def test_drain_makes_everything_there_is_to_make(store: SQLiteStore) -> No
     assert first.shift is None
     assert second.shift is not None
     assert second.shift.text == f"from {first.summary.text} to {first.summary.text}"
-    assert second.representation is not None
-    assert second.representation.vector.tolist() == [25.0, len(second.shift.text)]
+    assert second.representations["lengths"].vector.tolist() == [25.0, len(second.shift.text)]
     shown = [prompt for prompt in writer.prompts if isinstance(prompt, SummaryPrompt)]
     assert sorted(bool(prompt.profile) for prompt in shown) == [False, True, True, True]
     assert counts(await worker(store, writer, encoder).drain()) == (0, 0, 0, 0, 0, 0)
@@ -142,8 +145,8 @@ async def test_texts_of_like_length_are_encoded_together(store: SQLiteStore) -> 
     writer = EchoWriter(lambda prompt, number: "x" * (1 + number * 7 % 40))
     encoder = LengthEncoder()
     await worker(store, writer, None).drain()
-    await worker(store, None, encoder, encode_batch=8).drain()
-    assert [len(batch) for batch in encoder.batches] == [8] * 5
+    await worker(store, None, encoder, encode_batch=10).drain()
+    assert [len(batch) for batch in encoder.batches] == [10] * 4
     lengths = [len(summary) for batch in encoder.batches for summary, _ in batch]
     assert lengths == sorted(lengths)
 
@@ -182,7 +185,7 @@ async def test_any_error_of_a_writer_is_survived(store: SQLiteStore) -> None:
             raise ZeroDivisionError("division by zero")
         return "fine"
 
-    store.put_profiles({"ann": {"age": 31}})
+    store.describe(profiles={"ann": {"age": 31}})
     report = await worker(store, EchoWriter(one_is_broken), None, max_attempts=3).drain()
     assert counts(report) == (1, 0, 0, 3, 1, 2)
 
@@ -205,12 +208,12 @@ async def test_an_unusable_vector_is_a_failure(store: SQLiteStore, shape: tuple[
     assert (report.summaries, report.representations, report.dead) == (3, 0, 3)
 
 
-async def test_a_call_ends_with_its_lease(store: SQLiteStore) -> None:
+async def test_a_call_that_takes_too_long_is_given_up(store: SQLiteStore) -> None:
     store.append(behaviors("ann", 3))
     seen: list[WorkerProgress] = []
-    report = await worker(store, EchoWriter(seconds=60), None, lease_seconds=1.0, max_attempts=1).drain(seen.append)
+    report = await worker(store, EchoWriter(seconds=60), None, call_seconds=0.1, max_attempts=1).drain(seen.append)
     assert counts(report) == (0, 0, 0, 1, 1, 0)
-    assert seen[-1].error.startswith("no answer within 0.8 s")
+    assert seen[-1].error.startswith("no answer within 0.1 s")
 
 
 async def test_a_step_that_kills_its_workers_is_given_up(store: SQLiteStore) -> None:
@@ -316,7 +319,7 @@ async def test_a_store_that_fails_ends_the_worker(store: SQLiteStore) -> None:
         return "fine"
 
     with pytest.raises(StoreError, match="closed"):
-        await worker(store, EchoWriter(close), None).drain()
+        await worker(store, EchoWriter(close), None, store_patience_seconds=0.1).drain()
 
 
 async def test_metrics_tell_what_was_done(store: SQLiteStore) -> None:
@@ -369,7 +372,7 @@ async def test_an_outage_costs_no_step_however_long(store: SQLiteStore) -> None:
 async def test_a_drain_that_reaches_nobody_ends_and_leaves_its_steps_pending(store: SQLiteStore) -> None:
     store.append(behaviors("ann", 6))
     await worker(store, EchoWriter(), None).drain()
-    with pytest.raises(ScoringError, match="liber_encode is away"):
+    with pytest.raises(LiberError, match="liber_encode is away"):
         await worker(store, None, LengthEncoder(fail_first=10**9), max_attempts=3).drain()
     assert store.statistics().pending["representation"] == 2
     assert store.statistics().dead["representation"] == 0

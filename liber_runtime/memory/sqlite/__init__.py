@@ -12,6 +12,7 @@ backup made are beyond its reach.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -51,7 +52,6 @@ class _Held(NamedTuple):
     """What is held of one user while an append is under way."""
 
     user: int
-    is_new: bool
     behaviors: int
     partitions: int
     cache: list[Behavior]
@@ -164,13 +164,8 @@ class SQLiteStore(SQLiteQueue):
             by_user.setdefault(behavior.user_id, {}).setdefault(event_digest(behavior.event_id), behavior)
 
         def keep(db: sqlite3.Connection) -> tuple[int, int]:
-            held = {user_id: _hold(db, user_id) for user_id in by_user}
-            arriving = {user_id: _unknown(db, held[user_id], fresh) for user_id, fresh in by_user.items()}
-            # In key order, so that a long-standing user's many new ids touch each page of the index once.
-            db.executemany(
-                "INSERT INTO events VALUES (?, ?)",
-                ((held[user_id].user, digest) for user_id, fresh in arriving.items() for digest in sorted(fresh)),
-            )
+            held = _hold(db, by_user)
+            arriving = _enter(db, held, by_user)
             kept = sum(map(len, arriving.values()))
             cut = self._stream(db, condition, held, arriving)
             new_users = sum(bool(fresh) and not held[user_id].behaviors for user_id, fresh in arriving.items())
@@ -197,7 +192,7 @@ class SQLiteStore(SQLiteQueue):
         partitions: list[tuple[object, ...]] = []
         caches: list[tuple[object, ...]] = []
         for user_id, fresh in arriving.items():
-            user, _, behaviors, number, cache = held[user_id]
+            user, behaviors, number, cache = held[user_id]
             if not fresh:
                 continue
             streamed = stream(condition, cache, fresh.values(), _last_partition(db, user, user_id, number))
@@ -335,27 +330,46 @@ def _scrub(db: sqlite3.Connection) -> None:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
-def _hold(db: sqlite3.Connection, user_id: str) -> _Held:
-    """What is held of a user; a new one gets a number."""
-    row = db.execute(
-        "SELECT user, behaviors, partitions, item_ids, feedback, timestamps, event_ids FROM users WHERE user_id = ?",
-        (user_id,),
-    ).fetchone()
-    if row is None:
-        user = db.execute("INSERT INTO users (user_id) VALUES (?)", (user_id,)).lastrowid
-        assert user is not None
-        return _Held(user, True, 0, 0, [])
-    user, behaviors, partitions, *cache = row
-    return _Held(user, False, behaviors, partitions, unpack(user_id, *cache))
+def _hold(db: sqlite3.Connection, user_ids: Collection[str]) -> dict[str, _Held]:
+    """What is held of users; new ones get numbers."""
+    wanted = (json.dumps(list(user_ids)),)
+    db.execute("INSERT OR IGNORE INTO users (user_id) SELECT value FROM json_each(?)", wanted)
+    return {
+        user_id: _Held(user, behaviors, partitions, unpack(user_id, *cache))
+        for user_id, user, behaviors, partitions, *cache in db.execute(
+            "SELECT user_id, user, behaviors, partitions, item_ids, feedback, timestamps, event_ids"
+            " FROM json_each(?) CROSS JOIN users ON user_id = value",
+            wanted,
+        )
+    }
 
 
-def _unknown(db: sqlite3.Connection, held: _Held, arriving: Mapping[bytes, Behavior]) -> Mapping[bytes, Behavior]:
-    """The behaviors whose event ids the user never had."""
-    if held.is_new:
-        return arriving
+def _enter(
+    db: sqlite3.Connection, held: Mapping[str, _Held], by_user: Mapping[str, Mapping[bytes, Behavior]]
+) -> Mapping[str, Mapping[bytes, Behavior]]:
+    """Enters event ids; returns the behaviors whose ids the user never had: nearly always all of them."""
+    # In key order, so that a long-standing user's many new ids touch each page of the index once.
+    rows = [(held[user_id].user, digest) for user_id, fresh in by_user.items() for digest in sorted(fresh)]
+    db.execute("SAVEPOINT events")
+    entered = db.executemany("INSERT OR IGNORE INTO events VALUES (?, ?)", rows).rowcount
+    if entered == len(rows):
+        db.execute("RELEASE events")
+        return by_user
+    # Some are known: which ones is found out before they are entered.
+    db.execute("ROLLBACK TO events")
+    db.execute("RELEASE events")
+    arriving = {user_id: _unknown(db, held[user_id].user, fresh) for user_id, fresh in by_user.items()}
+    db.executemany(
+        "INSERT INTO events VALUES (?, ?)",
+        [(held[user_id].user, digest) for user_id, fresh in arriving.items() for digest in sorted(fresh)],
+    )
+    return arriving
+
+
+def _unknown(db: sqlite3.Connection, user: int, arriving: Mapping[bytes, Behavior]) -> Mapping[bytes, Behavior]:
     query = "SELECT 1 FROM events WHERE user = ? AND digest = ?"
-    known = {digest for digest in sorted(arriving) if db.execute(query, (held.user, digest)).fetchone()}
-    return {digest: behavior for digest, behavior in arriving.items() if digest not in known} if known else arriving
+    known = {digest for digest in sorted(arriving) if db.execute(query, (user, digest)).fetchone()}
+    return {digest: behavior for digest, behavior in arriving.items() if digest not in known}
 
 
 def _last_partition(db: sqlite3.Connection, user: int, user_id: str, number: int) -> Callable[[], Sequence[Behavior]]:
