@@ -9,11 +9,13 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from redis.connection import Connection
 
 from bench.redis_servers import MISSING, RedisCluster, RedisServer, is_installed, redis_cluster, single_redis
 from liber_runtime.behavior import Behavior, Text
@@ -21,6 +23,7 @@ from liber_runtime.exceptions import ConfigurationError, InvalidInputError, Stor
 from liber_runtime.memory import Appended, MemoryStore, Representation, Result, Task, open_store
 from liber_runtime.memory.redis import RedisStore
 from liber_runtime.memory.redis.library import DIGEST
+from liber_runtime.memory.redis.servers import Node
 from liber_runtime.partition import Count
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason=MISSING)
@@ -55,29 +58,7 @@ def cluster() -> Iterator[RedisCluster]:
         yield servers
 
 
-# the URL
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("redis://localhost/0?nmae=a", "parameter 'nmae' is unknown; there are name"),
-        ("redis://localhost/0?name=a&name=b", "name is given twice"),
-        ("redis://localhost/0?name={a}", "name '{a}' must be 1 to 64 letters"),
-        ("redis://localhost/zero", "database 'zero' is not a number"),
-        ("redis://local:host:1/0", "server 'local:host:1' is not understood"),
-        ("redis://localhost/0?replicas=-1", "replicas=-1 must be a whole number from 0"),
-        ("redis://localhost/0?buckets=0", "buckets=0 must be a whole number from 1"),
-        ("redis://localhost/0?buckets=5000", "more than 4096"),
-        ("redis://localhost/0?timeout_seconds=soon", "timeout_seconds=soon must be a positive number"),
-        ("redis://localhost/0?ca=ca.crt", "parameter ca is for TLS; write rediss://"),
-        ("rediss://localhost/0?ca=/nowhere/ca.crt", r"no file /nowhere/ca.crt \(ca\)"),
-        ("redis://", "is not understood"),
-    ],
-)
-def test_a_url_that_is_not_understood_is_refused(url: str, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        open_store(url)
+# opening
 
 
 def test_there_is_no_store_until_one_is_made(single: RedisServer) -> None:
@@ -287,6 +268,51 @@ def test_a_history_over_many_partitions(single: RedisServer) -> None:
     assert store.forget("ann", "event-2500").behaviors == 1
     assert store.forget("ann", "event-2500").behaviors == 0
     assert events_of(store, "ann") == [f"event-{n}" for n in range(5_001) if n != 2_500]
+    store.close()
+
+
+def test_an_erased_behavior_of_the_last_partition_is_out_of_the_history(single: RedisServer) -> None:
+    store = open_store(f"redis://{single.address}/0?name=last", Count(3))
+    store.append(run("ann", 10))
+    store.forget("ann", "event-7")
+    (memory,) = store.read(["ann"], 4, 5, "encoder-1")
+    assert memory is not None
+    assert [item for item, _ in memory.history] == ["item-5", "item-6", "item-8", "item-9"]
+    store.close()
+
+
+def test_a_shift_waits_while_the_summary_before_it_is_rewritten(single: RedisServer) -> None:
+    store = open_store(f"redis://{single.address}/0?name=rewritten", Count(3))
+    store.append(run("ann", 6))
+    for task, version in zip(store.claim(["summary"], 2, 60.0), ("v1", "v2"), strict=True):
+        store.commit([Result(task, Text("summary", version, "test", version, None, None, 0.0, 0.0))])
+    assert store.statistics().pending["shift"] == 1
+    assert store.rewrite(prompt_version="v1") == 1
+    (task,) = store.claim(["summary", "shift", "representation"], 9, 60.0)
+    assert (task.number, task.step) == (1, "summary")
+    store.commit([made(task)])
+    (shift,) = store.claim(["shift"], 9, 60.0)
+    assert (shift.previous, shift.summary) == ("summary of 1", "v2")
+    store.close()
+
+
+def test_an_append_whose_reply_is_lost_counts_once_and_is_counted(single: RedisServer) -> None:
+    store = RedisStore(f"redis://{single.address}/0?name=lost", Count(5))
+    store.append(run("ann", 2))
+    servers, lost = store._servers, []
+    receive = servers._receive
+
+    def receive_nothing(node: Node, indices: Sequence[int], connection: Connection, *rest: Any) -> Any:
+        if not lost:
+            lost.append(connection.read_response())  # carried out, and the way back cut off
+            connection.disconnect()
+        return receive(node, indices, connection, *rest)
+
+    servers._receive = receive_nothing  # type: ignore[method-assign]
+    assert store.append(run("ann", 7, 2)) == Appended(7, 0, 1)
+    assert lost == [1]
+    assert events_of(store, "ann") == [f"event-{n}" for n in range(9)]
+    assert store.statistics().behaviors == 9
     store.close()
 
 
