@@ -54,6 +54,7 @@ FORMAT = "1"
 
 _ITEMS_PER_CALL = 500
 _PARTITIONS_PER_LOOK = 1_000
+_FIELDS = b"\r\n$7\r\nprofile\r\n$3\r\ncut\r\n$5\r\ncache\r\n$4\r\nlast\r\n$9\r\nencodings\r\n"
 _NO_VECTORS = np.zeros((0, 0), dtype=np.float32)
 
 
@@ -182,13 +183,7 @@ class RedisStore(RedisQueue):
         with self._use():
             asked = list(dict.fromkeys(user_ids))
             newest = max(partitions, 0)
-            calls: list[Call] = []
-            for user_id in asked:
-                slot, user, vectors = self._keys.for_scoring(user_id, fingerprint)
-                calls.append(Call(slot, ("HMGET", user, "profile", "cut", "cache", "last", "encodings")))
-                # The newest 0 are asked for as an empty range.
-                calls.append(Call(slot, ("ZRANGE", vectors, 0 if newest else 1, newest - 1 if newest else 0, "REV")))
-            replies = self._servers.run(calls)
+            replies = self._servers.run(self._call_for_scoring(asked, newest, fingerprint))
             found: dict[str, UserMemory | None] = {}
             lacking = []
             for user_id, held, members in zip(asked, replies[::2], replies[1::2], strict=True):
@@ -198,6 +193,19 @@ class RedisStore(RedisQueue):
             if lacking:
                 found |= self._read_further(lacking, history, newest, fingerprint)
             return [found[user_id] for user_id in user_ids]
+
+    def _call_for_scoring(self, user_ids: Sequence[str], newest: int, fingerprint: str) -> list[Call]:
+        """Two plain commands for each user, packed by hand: a score asks for many users and waits for all of them."""
+        # The newest 0 are asked for as an empty range.
+        first, last = ("0", str(newest - 1)) if newest else ("1", "0")
+        end = f"\r\n$1\r\n{first}\r\n${len(last)}\r\n{last}\r\n$3\r\nREV\r\n".encode()
+        calls = []
+        for user_id in user_ids:
+            slot, user, vectors = self._keys.for_scoring(user_id, fingerprint)
+            user_key, vectors_key = user.encode(), vectors.encode()
+            calls.append(Call(slot, b"*7\r\n$5\r\nHMGET\r\n$%d\r\n%b%b" % (len(user_key), user_key, _FIELDS)))
+            calls.append(Call(slot, b"*5\r\n$6\r\nZRANGE\r\n$%d\r\n%b%b" % (len(vectors_key), vectors_key, end)))
+        return calls
 
     def _read_further(
         self, user_ids: Sequence[str], history: int, partitions: int, fingerprint: str

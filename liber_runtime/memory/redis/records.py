@@ -52,15 +52,15 @@ def newest_of(runs: bytes, limit: int) -> tuple[tuple[str, float], ...]:
 
 def newest_of_two(last: bytes, cache: bytes, limit: int) -> tuple[tuple[str, float], ...]:
     """At most `limit` newest (item id, feedback), oldest first, of the last partition and the cache; whole runs too."""
-    found: tuple[tuple[str, float], ...] = ()
+    item_ids, feedback = b"", b""
     for run in (cache, last):
-        if len(run) > _HEADER.size and len(found) < limit:
+        if len(run) > _HEADER.size and len(feedback) < 8 * limit:
             count, size = _HEADER.unpack_from(run)
             start = _HEADER.size + size
-            found = (
-                newest(run[_HEADER.size : start].decode(), run[start : start + 8 * count], limit - len(found)) + found
-            )
-    return found
+            older = run[_HEADER.size : start]
+            item_ids = older + b"\n" + item_ids if item_ids else older
+            feedback = run[start : start + 8 * count] + feedback
+    return newest(item_ids.decode(), feedback, limit)
 
 
 def dump_text(text: Text) -> bytes:

@@ -36,10 +36,10 @@ _LEAST_VERSION = (7, 0)
 
 
 class Call(NamedTuple):
-    """A command and the slot of its keys."""
+    """A command and the slot of its keys; bytes are a command as it goes over the wire."""
 
     slot: int
-    command: tuple[str | bytes | int | float, ...]
+    command: tuple[str | bytes | int | float, ...] | bytes
 
 
 def function(slot: int, verb: str, keys: Sequence[str], *arguments: str | bytes | int | float) -> Call:
@@ -228,7 +228,7 @@ class Servers:
             else:
                 by_node.setdefault(node, []).append(index)
         for node, indices in by_node.items():
-            commands: list[tuple[Any, ...]] = []
+            commands: list[tuple[Any, ...] | bytes] = []
             for index in indices:
                 if left[index]:
                     commands.append(("ASKING",))
@@ -383,12 +383,10 @@ class _Unloaded(Exception):
     """The server has not our functions yet, or lost them."""
 
 
-def _pack_all(connection: Connection, commands: Sequence[tuple[Any, ...]]) -> list[bytes]:
-    """All commands as they go over the wire, in pieces."""
-    if _pack is None:
-        pieces: list[bytes] = connection.pack_commands(commands)
-        return pieces
-    return [b"".join(map(_pack, commands))]
+def _pack_all(connection: Connection, commands: Sequence[tuple[Any, ...] | bytes]) -> list[bytes]:
+    """All commands as they go over the wire."""
+    pack = _pack or (lambda command: b"".join(connection.pack_command(*command)))
+    return [b"".join([command if isinstance(command, bytes) else pack(command) for command in commands])]
 
 
 def _is_alive(connection: Connection) -> bool:
