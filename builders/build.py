@@ -1,16 +1,20 @@
-"""``liber build``: a behavior log and a store -> a bundle.
+"""``liber build``: a behavior log and a store, or what a store holds alone -> a bundle.
 
 The steps are functions of their own, for the demo runs them around its live replay: `remember` fills the store,
 `write_texts` its knowledge, `fit_representations` encoder, PCA and vectors, `prepare` the training data, and
-`train_liber` and `export_bundle` make the bundle.
+`train_once` and `export_bundle` make the bundle. `build` starts from a log, `reencode` from the store; both then go one
+way, beside whatever scores, appends and writes meanwhile: the vectors of the encodings there were stay, and are still
+made for new partitions, until the new bundle serves and `switch` says so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,8 @@ import torch
 
 from builders.bundle import write_bundle
 from builders.datasets import Dataset
-from builders.embedding import CachedEncoder, EmbeddingCache, Pair, embed
+from builders.datasets.stored import load as load_stored
+from builders.embedding import CachedEncoder, Embedder, EmbeddingCache, Pair
 from builders.encoder import EMBEDDED, export_encoder
 from builders.export import export_backbone, export_fuser
 from builders.models.backbone import Backbone, LiberModel
@@ -47,14 +52,17 @@ from liber_runtime.bundle import (
     Manifest,
 )
 from liber_runtime.exceptions import ConfigurationError
-from liber_runtime.memory import MemoryStore, PartitionRecord
+from liber_runtime.memory import MemoryStore, PartitionRecord, Timeline
 from liber_runtime.progress import Advance, console, progress
+from liber_runtime.vocabulary import Vocabulary
 from liber_runtime.worker import Worker, WorkerProgress
 from liber_runtime.writers import Writer
 
 APPEND_BATCH = 10_000
-USERS_PER_READ = 1_000
-STEPS_PER_TRANSACTION = 512
+TEXTS_PER_TRANSACTION = 512
+
+PCA_TEXTS = 100_000
+"""A PCA is not fitted on more: their embeddings are in memory at once, 150 MB of them for a BERT of width 384."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class BuildSettings:
         history_length: T, newest behaviors the backbone reads.
         minimum: earlier behaviors a sample needs; the paper's K.
         seed: of weights, batches and dropout.
-        refit_pca: fit the PCA anew even if an earlier build of the same directory left one.
+        refit_pca: fit the PCA anew even if an earlier build of the same directory left one with its bundle.
         training: see `TrainingSettings`.
     """
 
@@ -99,8 +107,7 @@ class Knowledge:
 
 def remember(store: MemoryStore, dataset: Dataset, behaviors: Sequence[Behavior]) -> None:
     """Brings catalogue, profiles and behaviors into the store; what it has already changes nothing."""
-    store.put_items(dataset.domain, dataset.items.values())
-    store.put_profiles(dataset.profiles)
+    store.describe(dataset.domain, dataset.items.values(), dataset.profiles)
     with progress("append behaviors", len(behaviors)) as advance:
         for start in range(0, len(behaviors), APPEND_BATCH):
             batch = behaviors[start : start + APPEND_BATCH]
@@ -111,7 +118,7 @@ def remember(store: MemoryStore, dataset: Dataset, behaviors: Sequence[Behavior]
 def write_texts(store: MemoryStore, writer: Writer) -> None:
     """Has every pending summary and shift written (Eq. 2, 3)."""
     with progress("write summaries and shifts", None) as advance:
-        asyncio.run(drain(Worker(store, writer, None, concurrency=STEPS_PER_TRANSACTION), advance))
+        asyncio.run(drain(Worker(store, writer, None, concurrency=TEXTS_PER_TRANSACTION), advance))
 
 
 def fit_representations(
@@ -119,11 +126,12 @@ def fit_representations(
 ) -> Knowledge:
     """Fits encoder and PCA, and gives every stored partition its vector (Eq. 4).
 
-    The PCA sees the partitions that were complete before the first test sample, and no other.
+    The PCA sees the partitions that were complete before the first test sample, and no other: all of them, or
+    `PCA_TEXTS` evenly chosen ones. The encodings that the store has vectors of go on being wanted, see `switch`.
 
     Args:
-        store: with the texts of all its partitions.
-        dataset: the log that the store was filled from.
+        store: with the texts of its partitions; those whose texts are pending are left out.
+        dataset: the log that the store was filled from, or what it holds.
         samples: of that log.
         split: of the samples.
         directory: keeps the exported encoder, the embeddings and the PCA, so that a rerun does only what is missing.
@@ -134,56 +142,103 @@ def fit_representations(
             another log or in another order.
     """
     spec = export_encoder(settings.encoder, directory)
-    texts = _stored_texts(store, dataset, samples)
-    cache = EmbeddingCache(directory / "embeddings.db", spec)
-    try:
-        before_test = samples.partitions_before(int(split.test[0]))
-        boundaries = samples.boundaries
-        training = [
-            texts[key].pair
-            for user, number in zip(boundaries.user[before_test], boundaries.number[before_test], strict=True)
-            if (key := (samples.user_ids[user], int(number))) in texts
-        ]
-        embed(directory, training, cache)
-        _fit_pca_once(cache, training, spec, directory, settings)
-        fingerprint = fingerprint_of(spec, directory / PCA)
-        embed(directory, [each.pair for each in texts.values() if each.fingerprint != fingerprint], cache)
-        store.reencode(fingerprint)
-        with progress("project and keep vectors", None) as advance:
-            encoder = CachedEncoder(cache, directory / PCA, fingerprint)
-            asyncio.run(drain(Worker(store, None, encoder, encode_batch=STEPS_PER_TRANSACTION), advance))
-    finally:
-        cache.close()
-    writers = tuple(sorted({writer for each in texts.values() for writer in each.writers}))
-    return Knowledge(directory, spec, fingerprint, writers)
+    training = _training_keys(samples, split)
+    texts, writers = _read_texts(store, dataset, samples, set(training))
+    _fit_pca_once([texts[key] for key in training if key in texts], spec, directory, settings)
+    knowledge = Knowledge(directory, spec, fingerprint_of(spec, directory / PCA), writers)
+    store.encode_by({*encodings(store), knowledge.fingerprint})
+    encode_pending(store, knowledge)
+    return knowledge
+
+
+def encode_pending(store: MemoryStore, knowledge: Knowledge) -> None:
+    """Gives every partition whose texts are complete its vector by `knowledge`, a few at a time.
+
+    Raises:
+        ConfigurationError: see `drain`.
+    """
+    with (
+        _embedding(knowledge.directory, knowledge.spec) as (cache, embedder),
+        progress("keep vectors", None) as advance,
+    ):
+        encoder = CachedEncoder(cache, embedder, knowledge.directory / PCA, knowledge.fingerprint)
+        asyncio.run(drain(Worker(store, None, encoder), advance))
+
+
+def encodings(store: MemoryStore) -> frozenset[str]:
+    """Fingerprints of the vectors that are wanted; where nobody has said so yet, of those that are there."""
+    statistics = store.statistics()
+    return statistics.encodings or frozenset(statistics.vectors)
+
+
+@contextlib.contextmanager
+def _embedding(directory: Path, spec: EncoderSpec) -> Iterator[tuple[EmbeddingCache, Embedder]]:
+    with contextlib.ExitStack() as stack:
+        cache = EmbeddingCache(directory / "embeddings.db", spec)
+        stack.callback(cache.close)
+        embedder = Embedder(directory, cache)
+        stack.callback(embedder.close)
+        yield cache, embedder
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """The vectors that samples see, as a store held them.
+
+    Attributes:
+        vectors: float32[R, d], users one after the other, each in the order of the partitions.
+        start: int64[users + 1]; the vectors of user u are rows ``start[u]`` to ``start[u + 1]``.
+    """
+
+    vectors: npt.NDArray[np.float32]
+    start: npt.NDArray[np.int64]
+
+    def reach(self, samples: Samples, rows: Index) -> npt.NDArray[np.bool_]:
+        """bool[n]: which of the samples `rows` int64[n] have a vector of every partition before them."""
+        users = samples.user[rows]
+        reached: npt.NDArray[np.bool_] = self.start[users] + samples.partitions[rows] <= self.start[users + 1]
+        return reached
+
+
+def read_vectors(
+    store: MemoryStore, samples: Samples, rows: Index, knowledge: Knowledge, settings: BuildSettings
+) -> StoredVectors:
+    """The vectors by `knowledge` of the partitions that the samples `rows` int64[n] see.
+
+    The store may hold more, of behaviors after the samples: they are left out, so that the same samples always make the
+    same training data. So is what comes after a partition without a vector, which would be taken for it.
+    """
+    count = _most_seen(samples, rows)
+    matrices = [np.zeros((0, settings.dimension), dtype=np.float32)]
+    start = np.zeros(len(count) + 1, dtype=np.int64)
+    for user, most in enumerate(count.tolist()):
+        timeline = store.timeline(samples.user_ids[user]) if most else None
+        records = _records(timeline)[:most] if timeline else []
+        made = [record.representations.get(knowledge.fingerprint) for record in records]
+        found = [each.vector for each in itertools.takewhile(lambda each: each is not None, made) if each is not None]
+        if found:
+            matrices.append(np.stack(found))
+        start[user + 1] = start[user] + len(found)
+    return StoredVectors(np.concatenate(matrices), start)
 
 
 def prepare(
-    store: MemoryStore,
-    dataset: Dataset,
-    samples: Samples,
-    rows: Index,
-    vocabulary: Fit,
-    knowledge: Knowledge,
-    settings: BuildSettings,
+    stored: StoredVectors, dataset: Dataset, samples: Samples, rows: Index, vocabulary: Fit, settings: BuildSettings
 ) -> TrainingData:
-    """The samples `rows` int64[n] as columns, with the vectors the store holds of their users.
+    """The samples `rows` int64[n] as columns, with the vectors of their users.
 
     Raises:
-        ConfigurationError: a partition that a sample sees has no vector, or one that something else made.
+        ConfigurationError: a partition that a sample sees has no vector.
     """
     indexed = samples.in_vocabulary(vocabulary.vocabulary)
     history = indexed.history(rows, settings.history_length)
     users = samples.user[rows]
     profiles = [vocabulary.vocabulary.profile_indices(dataset.profiles.get(user, {})) for user in samples.user_ids]
-    count = samples.partitions[rows]
-    representations, start = _stored_vectors(store, samples, _most_seen(samples, rows), knowledge, settings.dimension)
-    lacking = np.flatnonzero(start[users] + count > start[users + 1])
+    lacking = np.flatnonzero(~stored.reach(samples, rows))
     if len(lacking):
-        user = samples.user_ids[users[lacking[0]]]
         raise ConfigurationError(
-            f"user {user!r} has {count[lacking[0]]} partitions before a sample and fewer vectors in the store; "
-            "let a worker finish the store's pending steps first"
+            f"user {samples.user_ids[users[lacking[0]]]!r} has {samples.partitions[rows[lacking[0]]]} partitions "
+            "before a sample and fewer vectors in the store; let a worker finish the store's pending steps first"
         )
     return TrainingData(
         item=indexed.item[rows],
@@ -192,9 +247,9 @@ def prepare(
         history_feedback=history.feedback,
         history_length=history.length,
         profile=np.array(profiles, dtype=np.int32)[users],
-        partition_start=start[users],
-        partition_count=count,
-        representations=representations,
+        partition_start=stored.start[users],
+        partition_count=samples.partitions[rows],
+        representations=stored.vectors,
     )
 
 
@@ -293,12 +348,77 @@ def build(
     parts = split_samples(samples)
     remember(store, dataset, dataset.behaviors)
     write_texts(store, writer)
+    return _make_bundle(store, dataset, samples, parts, directory, settings)
+
+
+def reencode(store: MemoryStore, directory: Path, settings: BuildSettings) -> tuple[Manifest, TrainingResult]:
+    """From the texts and behaviors that a store holds to a bundle in ``directory / "bundle"``; no writer is called.
+
+    Items that no behavior names are found where a bundle that `directory` has lists them.
+
+    Raises:
+        InvalidInputError: what the store holds cannot be split or learned from.
+        ConfigurationError: encoder, store and settings do not fit together.
+    """
+    before = directory / "bundle"
+    catalogue = Vocabulary.load(before / VOCABULARY).items if (before / VOCABULARY).is_file() else ()
+    dataset = load_stored(store, catalogue)
+    samples = replay(dataset, store.condition, settings.minimum)
+    return _make_bundle(store, dataset, samples, split_samples(samples), directory, settings)
+
+
+def switch(store: MemoryStore, fingerprint: str) -> int:
+    """From now on vectors are made for the bundle with this fingerprint alone, for it serves; returns how many are due.
+
+    The vectors of the bundle before stay readable until the next change of encodings, for requests that began on it.
+
+    Raises:
+        ConfigurationError: the store has no vector by it, so whatever serves it reads another store.
+    """
+    statistics = store.statistics()
+    if fingerprint not in statistics.encodings | statistics.vectors.keys():
+        there = ", ".join(sorted(encodings(store))) or "none"
+        raise ConfigurationError(
+            f"the bundle that is served reads vectors of encoder and PCA {fingerprint}, the store has those of "
+            f"{there}; name the store that it was built with"
+        )
+    return store.encode_by({fingerprint})
+
+
+def _make_bundle(
+    store: MemoryStore, dataset: Dataset, samples: Samples, parts: Split, directory: Path, settings: BuildSettings
+) -> tuple[Manifest, TrainingResult]:
+    """What `build` and `reencode` have in common: everything after the texts."""
     knowledge = fit_representations(store, dataset, samples, parts, directory / "knowledge", settings)
     vocabulary = fit(dataset, dataset.behaviors[: samples.behavior[parts.test[0]]])
-    data = prepare(store, dataset, samples, parts.training_part, vocabulary, knowledge, settings)
+    stored = read_vectors(store, samples, parts.training_part, knowledge, settings)
+    rows, learned = _leave_out(parts, stored.reach(samples, parts.training_part))
+    data = prepare(stored, dataset, samples, rows, vocabulary, settings)
     model = make_liber(vocabulary, settings)
-    result = train_once("liber", model, data, parts, settings, directory / "models")
-    return export_bundle(model, vocabulary, knowledge, dataset, directory / "bundle", settings), result
+    result = train_once("liber", model, data, learned, settings, directory / "models")
+    manifest = export_bundle(model, vocabulary, knowledge, dataset, directory / "bundle", settings)
+    # Of partitions that came while this trained.
+    encode_pending(store, knowledge)
+    return manifest, result
+
+
+def _leave_out(parts: Split, kept: npt.NDArray[np.bool_]) -> tuple[Index, Split]:
+    """The samples to learn from, int64[n], and which of these rows are for training and which for validation.
+
+    Args:
+        parts: of all samples.
+        kept: bool[training part], False for samples that see a partition without a vector.
+    """
+    if not kept.all():
+        console.print(
+            f"{np.count_nonzero(~kept)} of {len(kept)} samples are left out: partitions before them have no vector, "
+            "for their texts are pending or were given up (liber inspect)",
+            soft_wrap=True,
+        )
+    rows = parts.training_part[kept]
+    trained = int(np.count_nonzero(kept[: len(parts.train)]))
+    places = np.arange(len(rows), dtype=np.int64)
+    return rows, Split(places[:trained], places[trained:], parts.test)
 
 
 def _make_backbone(vocabulary: Fit, settings: BuildSettings, interest_size: int) -> Backbone:
@@ -335,73 +455,89 @@ async def drain(worker: Worker, advance: Advance | None = None) -> None:
     worked = await worker.drain(report)
     if worked.dead:
         raise ConfigurationError(
-            f"{worked.dead} steps were given up after repeated failures ({error}); mend the cause and build with a new "
-            "store"
+            f"{worked.dead} steps were given up after repeated failures ({error}); mend the cause, run "
+            "`liber worker --retry-dead`, and build again"
         )
 
 
-@dataclass(frozen=True)
-class _StoredTexts:
-    """A partition's texts, their authors, and what its vector was made by ("" if it has none)."""
+def _training_keys(samples: Samples, split: Split) -> list[tuple[str, int]]:
+    """(user id, partition) of the partitions that were complete before the first test sample, `PCA_TEXTS` at most."""
+    rows = np.flatnonzero(samples.partitions_before(int(split.test[0])))
+    if len(rows) > PCA_TEXTS:
+        rows = rows[np.linspace(0, len(rows) - 1, PCA_TEXTS).astype(np.int64)]
+    users, numbers = samples.boundaries.user[rows].tolist(), samples.boundaries.number[rows].tolist()
+    return [(samples.user_ids[user], number) for user, number in zip(users, numbers, strict=True)]
 
-    pair: Pair
-    writers: frozenset[str]
-    fingerprint: str
+
+def _records(timeline: Timeline) -> list[PartitionRecord]:
+    """The partitions that hold behaviors: those of which all were erased have no texts, and no sample sees them."""
+    return [record for record in timeline.partitions if record.behaviors]
 
 
-def _stored_texts(store: MemoryStore, dataset: Dataset, samples: Samples) -> dict[tuple[str, int], _StoredTexts]:
-    """By user and partition number, the partitions whose texts are complete."""
+def _read_texts(
+    store: MemoryStore, dataset: Dataset, samples: Samples, wanted: Collection[tuple[str, int]]
+) -> tuple[dict[tuple[str, int], Pair], tuple[str, ...]]:
+    """The texts of the `wanted` (user id, partition) that are complete, and the authors of all texts there are."""
     number_of = {user: number for number, user in enumerate(samples.user_ids)}
-    texts: dict[tuple[str, int], _StoredTexts] = {}
+    texts: dict[tuple[str, int], Pair] = {}
+    writers: set[str] = set()
     for user in store.users():
         timeline = store.timeline(user)
-        for record in timeline.partitions if timeline else ():
+        before: PartitionRecord | None = None
+        for number, record in enumerate(_records(timeline) if timeline else (), start=1):
             if user in number_of:
-                _require_same_partition(record, user, number_of[user], dataset, samples)
-            if record.summary and (record.shift or record.number == 1):
-                texts[user, record.number] = _StoredTexts(
-                    pair=(record.summary.text, record.shift.text if record.shift else ""),
-                    writers=frozenset(text.writer for text in (record.summary, record.shift) if text),
-                    fingerprint=record.representation.fingerprint if record.representation else "",
-                )
-    return texts
+                _require_same_partition(record, number, user, number_of[user], dataset, samples)
+            writers |= {text.writer for text in (record.summary, record.shift) if text}
+            # As the store has it: no shift from nothing.
+            is_first = before is None or before.number != record.number - 1
+            before = record
+            if (user, number) in wanted and record.summary and (record.shift or is_first):
+                texts[user, number] = (record.summary.text, record.shift.text if record.shift else "")
+    return texts, tuple(sorted(writers))
 
 
 def _require_same_partition(
-    record: PartitionRecord, user: str, number: int, dataset: Dataset, samples: Samples
+    record: PartitionRecord, number: int, user_id: str, user: int, dataset: Dataset, samples: Samples
 ) -> None:
     """Training would otherwise pair a sample with the knowledge of other behaviors than those before it."""
-    first, boundaries = samples.offsets[number], samples.boundaries
-    row = boundaries.offsets[number] + record.number - 1
-    if row >= boundaries.offsets[number + 1]:
+    first, boundaries = samples.offsets[user], samples.boundaries
+    row = boundaries.offsets[user] + number - 1
+    if row >= boundaries.offsets[user + 1]:
         # Of behaviors that came after the log was written: no sample sees it.
         return
     rows = samples.sequence_behavior[first + boundaries.start[row] : first + boundaries.end[row]]
     expected = [dataset.behaviors[place].event_id for place in rows]
     if expected != [behavior.event_id for behavior in record.behaviors]:
         raise ConfigurationError(
-            f"partition {record.number} of user {user!r} in the store holds other behaviors than the log in time "
-            "order: the store was filled from another log, or behaviors arrived late; build with a new --store"
+            f"partition {record.number} of user {user_id!r} in the store holds other behaviors than the log in time "
+            "order: the store was filled from another log, behaviors arrived late, or some were erased; build from "
+            "what the store holds with `liber build re-encode`, or with a new --store"
         )
 
 
-def _fit_pca_once(
-    cache: EmbeddingCache, training: Sequence[Pair], spec: EncoderSpec, directory: Path, settings: BuildSettings
-) -> None:
+def _fit_pca_once(training: Sequence[Pair], spec: EncoderSpec, directory: Path, settings: BuildSettings) -> None:
     """Fits the PCA unless `directory` has one for this encoder and dimension.
 
-    A PCA is kept from build to build: with another one every stored vector would have to be made anew, and the bundle
-    that serves meanwhile would refuse the users whose vectors already are.
+    A PCA is kept from build to build: with another one every stored vector would have to be made anew. One that is to
+    be fitted anew is so once: a build that was interrupted left it without a bundle.
     """
     key = f"{spec.digest} {settings.dimension}"
     note = directory / "pca.key"
-    if not settings.refit_pca and note.is_file() and note.read_text() == key and (directory / PCA).is_file():
+    is_there = note.is_file() and note.read_text() == key and (directory / PCA).is_file()
+    if is_there and not (settings.refit_pca and _is_used(fingerprint_of(spec, directory / PCA), directory)):
         return
     note.unlink(missing_ok=True)
     building = directory / "pca.building"
-    fit_pca(cache.get(training), settings.dimension, building)
+    with _embedding(directory, spec) as (cache, embedder):
+        embedder.embed(training)
+        fit_pca(cache.get(training), settings.dimension, building)
     building.replace(directory / PCA)
     note.write_text(key)
+
+
+def _is_used(fingerprint: str, directory: Path) -> bool:
+    bundle = directory.parent / "bundle"
+    return bundle.is_dir() and Manifest.load(bundle).fingerprint == fingerprint
 
 
 def _most_seen(samples: Samples, rows: Index) -> npt.NDArray[np.int64]:
@@ -409,34 +545,6 @@ def _most_seen(samples: Samples, rows: Index) -> npt.NDArray[np.int64]:
     most = np.zeros(len(samples.user_ids), dtype=np.int64)
     np.maximum.at(most, samples.user[rows], samples.partitions[rows])
     return most
-
-
-def _stored_vectors(
-    store: MemoryStore, samples: Samples, count: npt.NDArray[np.int64], knowledge: Knowledge, dimension: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """The first `count` int64[users] vectors of all users float32[R, d], and int64[users + 1], where each user's begin.
-
-    The store may hold more, of behaviors after the samples: they are left out, so that the same samples always make
-    the same training data.
-    """
-    # The store gives the newest; to have the first of them, all are asked for.
-    most = store.statistics().partitions
-    matrices = [np.zeros((0, dimension), dtype=np.float32)]
-    start = np.zeros(len(samples.user_ids) + 1, dtype=np.int64)
-    for first in range(0, len(samples.user_ids), USERS_PER_READ):
-        users = samples.user_ids[first : first + USERS_PER_READ]
-        for user, memory in enumerate(store.read(users, history=0, partitions=most), start=first):
-            held = memory.representations[: count[user]] if memory else ()
-            if memory and memory.fingerprints - {knowledge.fingerprint}:
-                raise ConfigurationError(
-                    f"user {samples.user_ids[user]!r} has vectors of encoder and PCA "
-                    f"{', '.join(sorted(memory.fingerprints))}, this build made {knowledge.fingerprint}; is another "
-                    "worker encoding into this store? stop it and build again"
-                )
-            if len(held):
-                matrices.append(np.asarray(held))
-            start[user + 1] = len(held)
-    return np.concatenate(matrices), np.cumsum(start)
 
 
 def _restore_result(kept: dict[str, Any]) -> TrainingResult:

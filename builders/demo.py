@@ -37,6 +37,7 @@ from builders.build import (
     make_base,
     make_liber,
     prepare,
+    read_vectors,
     remember,
     train_once,
     write_texts,
@@ -121,7 +122,8 @@ def _run(
     with watch.step("encode"):
         knowledge = fit_representations(store, dataset, samples, parts, directory / "knowledge", settings)
     vocabulary = fit(dataset, dataset.behaviors[:test_begins])
-    data = prepare(store, dataset, samples, parts.training_part, vocabulary, knowledge, settings)
+    stored = read_vectors(store, samples, parts.training_part, knowledge, settings)
+    data = prepare(stored, dataset, samples, parts.training_part, vocabulary, settings)
     base, liber = make_base(vocabulary, settings), make_liber(vocabulary, settings)
     with watch.step("train_base"):
         base_result = train_once("base", base, data, parts, settings, directory / "models")
@@ -149,7 +151,8 @@ def _run(
         server.stop()
 
     with watch.step("evaluate"):
-        test = prepare(store, dataset, samples, parts.test, vocabulary, knowledge, settings)
+        stored = read_vectors(store, samples, parts.test, knowledge, settings)
+        test = prepare(stored, dataset, samples, parts.test, vocabulary, settings)
         rows = np.arange(len(parts.test))
         served = np.array([answers[row] for row in tested], dtype=np.float32)
         most = settings.training.max_partitions
@@ -175,7 +178,7 @@ def _run(
         "machine": describe_machine(),
         "versions": describe_versions(),
         "seconds": watch.seconds,
-        "illustration": _illustrate(dataset, store, liber),
+        "illustration": _illustrate(dataset, store, liber, knowledge.fingerprint),
     }
     write_report(report, directory)
     return report
@@ -335,7 +338,7 @@ def _quality(
     }
 
 
-def _illustrate(dataset: Dataset, store: MemoryStore, model: LiberModel) -> dict[str, Any]:
+def _illustrate(dataset: Dataset, store: MemoryStore, model: LiberModel, fingerprint: str) -> dict[str, Any]:
     """One user's partitions, texts and the fuser's weights as the memory grew."""
     timelines = (timeline for user in store.users() if (timeline := store.timeline(user)))
     chosen = min(timelines, key=lambda timeline: abs(len(timeline.partitions) - ILLUSTRATED_PARTITIONS))
@@ -355,12 +358,13 @@ def _illustrate(dataset: Dataset, store: MemoryStore, model: LiberModel) -> dict
             }
             for record in chosen.partitions
         ],
-        "attention": _attention(chosen, model),
+        "attention": _attention(chosen, model, fingerprint),
     }
 
 
-def _attention(timeline: Timeline, model: LiberModel) -> list[list[float]]:
-    vectors = [record.representation.vector for record in timeline.partitions if record.representation]
+def _attention(timeline: Timeline, model: LiberModel, fingerprint: str) -> list[list[float]]:
+    made = [record.representations.get(fingerprint) for record in timeline.partitions]
+    vectors = [each.vector for each in made if each is not None]
     rows = []
     for count in range(1, len(vectors) + 1):
         representations = torch.from_numpy(np.stack(vectors[:count]))[None]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import sqlite3
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from builders.priority import share_priority
 from builders.repository import publish_encoder
 from liber_runtime.bundle import EncoderSpec
-from liber_runtime.progress import progress
+from liber_runtime.exceptions import ScoringError
+from liber_runtime.progress import Advance, progress
 from liber_runtime.representation import Encoded, TextModel
 from liber_runtime.served.session import OnnxSession
 from liber_runtime.server import TritonServer
@@ -25,22 +28,27 @@ Pair = tuple[str, str]
 
 MODEL = "liber_embed"
 
+ATTEMPTS = 5
+"""Of embedding what is missing, before a build gives up; what came meanwhile is kept."""
+
 
 class EmbeddingCache:
     """Embeddings on disk by encoder and content hash, so that an interrupted build encodes no text twice."""
 
     def __init__(self, path: Path, spec: EncoderSpec) -> None:
-        """Opens, or makes, the cache file."""
+        """Opens, or makes, the cache file; it belongs to the thread that opened it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._encoder = spec.digest
         self._size = spec.embedding_size
         self._database = sqlite3.connect(path)
         self._database.execute("CREATE TABLE IF NOT EXISTS embeddings (hash BLOB PRIMARY KEY, vector BLOB) STRICT")
 
-    def missing(self, pairs: Sequence[Pair]) -> list[Pair]:
+    def missing(self, pairs: Iterable[Pair]) -> list[Pair]:
         """The distinct pairs that are not in the cache."""
-        known = {key for (key,) in self._database.execute("SELECT hash FROM embeddings")}
-        return [pair for pair in dict.fromkeys(pairs) if self._key(pair) not in known]
+        look = "SELECT 1 FROM embeddings WHERE hash = ?"
+        return [
+            pair for pair in dict.fromkeys(pairs) if self._database.execute(look, (self._key(pair),)).fetchone() is None
+        ]
 
     def put(self, pairs: Sequence[Pair], embeddings: npt.NDArray[np.float32]) -> None:
         """Keeps embeddings float32[n, h] of n pairs, durably."""
@@ -63,53 +71,99 @@ class EmbeddingCache:
         return hashlib.blake2b(content.encode(), digest_size=20).digest()
 
 
-def embed(encoder: Path, pairs: Sequence[Pair], cache: EmbeddingCache) -> None:
-    """Brings the embeddings of all pairs into the cache; what is missing is computed by ``liber_embed`` on Triton.
+class Embedder:
+    """Embeds texts that the cache lacks, on a Triton of the build's own that starts with the first of them.
 
-    Args:
-        encoder: directory of an exported encoder.
-        pairs: (summary, shift) of partitions.
-        cache: receives the embeddings as they come, so that an interrupted run loses little.
-
-    Raises:
-        ServerError: Triton did not start.
-        ScoringError: it refused the texts.
+    It has the priority of this process.
     """
-    missing = cache.missing(pairs)
-    if not missing:
-        return
-    with tempfile.TemporaryDirectory(prefix="liber-embed-") as directory:
-        repository = Path(directory) / "model_repository"
-        log_file = Path(directory) / "triton.log"
-        publish_encoder(encoder, repository)
-        with TritonServer(repository, log_file=log_file) as server:
-            asyncio.run(_embed(server.grpc_url, missing, cache))
 
+    def __init__(self, encoder: Path, cache: EmbeddingCache) -> None:
+        """Names the directory of an exported encoder; starts nothing yet."""
+        self._encoder = encoder
+        self._cache = cache
+        self._stack = contextlib.ExitStack()
+        self._server: TritonServer | None = None
 
-async def _embed(url: str, pairs: Sequence[Pair], cache: EmbeddingCache) -> None:
-    model = TextModel(url, MODEL)
-    with progress("encode texts on Triton", len(pairs)) as advance:
+    def embed(self, pairs: Sequence[Pair]) -> None:
+        """Brings the embeddings of all pairs into the cache, as they come: an interrupted run loses little.
 
+        Raises:
+            ServerError: Triton did not start.
+            ScoringError: it refused the texts.
+        """
+        missing = self._cache.missing(pairs)
+        if missing:
+            with progress("encode texts on Triton", len(missing)) as advance:
+                asyncio.run(self.add(missing, advance))
+
+    async def add(self, pairs: Sequence[Pair], advance: Advance | None = None) -> None:
+        """The same for a few pairs, beside other work.
+
+        Args:
+            pairs: (summary, shift) of partitions.
+            advance: told of the pairs as they come.
+
+        Raises:
+            ServerError: Triton did not start.
+            ScoringError: it refused the texts.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            missing = self._cache.missing(pairs)
+            if not missing:
+                return
+            try:
+                await self._run(missing, advance)
+            except ScoringError as error:
+                # On a machine without idle time a model can die of it; the server heals itself.
+                if attempt == ATTEMPTS or error.status == "INVALID_ARGUMENT":
+                    raise
+                await asyncio.sleep(attempt)
+
+    async def _run(self, missing: Sequence[Pair], advance: Advance | None) -> None:
         def receive(positions: list[int], outputs: dict[str, npt.NDArray[Any]]) -> None:
-            cache.put([pairs[position] for position in positions], outputs["text_embedding"])
-            advance(len(positions))
+            self._cache.put([missing[position] for position in positions], outputs["text_embedding"])
+            if advance is not None:
+                advance(len(positions))
 
+        model = TextModel(self._start(), MODEL)
         try:
-            await model.run(pairs, ("text_embedding",), receive)
+            await model.run(missing, ("text_embedding",), receive)
         finally:
             await model.close()
 
+    def close(self) -> None:
+        """Stops the server, if one was needed."""
+        self._stack.close()
+
+    def _start(self) -> str:
+        # Without awaiting anything, so that two callers at once do not start two.
+        if self._server is None:
+            directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="liber-embed-")))
+            repository = directory / "model_repository"
+            publish_encoder(self._encoder, repository)
+            server = TritonServer(repository, log_file=directory / "triton.log")
+            self._server = self._stack.enter_context(server)
+            if server.process_id is not None:
+                share_priority(server.process_id)
+        return self._server.grpc_url
+
 
 class CachedEncoder:
-    """The `Encoder` of a build: cached embeddings through the new bundle's PCA graph, as Triton will run it."""
+    """The `Encoder` of a build: embeddings, cached or made now, through the new bundle's PCA as Triton will run it."""
 
-    def __init__(self, cache: EmbeddingCache, pca: Path, fingerprint: str) -> None:
+    def __init__(self, cache: EmbeddingCache, embedder: Embedder, pca: Path, fingerprint: str) -> None:
         """Loads the PCA graph."""
         self._cache = cache
+        self._embedder = embedder
         self._session = OnnxSession(pca, threads=1)
         self._fingerprint = fingerprint
 
+    async def fingerprint(self) -> str:
+        """See `Encoder.fingerprint`."""
+        return self._fingerprint
+
     async def encode(self, texts: Sequence[Pair]) -> Encoded:
-        """See `Encoder.encode`; every pair must be in the cache."""
+        """See `Encoder.encode`."""
+        await self._embedder.add(texts)
         vectors = self._session.run({"text_embedding": self._cache.get(texts)})["representation"]
         return Encoded(vectors, self._fingerprint)

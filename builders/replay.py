@@ -7,9 +7,10 @@ at that moment. Everything is columnar, so that a batch is a few numpy gathers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -190,7 +191,8 @@ def replay(dataset: Dataset, condition: PartitionCondition, minimum: int = 20) -
 
     Args:
         dataset: its behaviors are replayed in their order.
-        condition: when the cache is cut; as in the memory store.
+        condition: when the cache is cut; as in the memory store. Users in `Dataset.cuts` are cut as that says, each
+            partition complete with its last behavior.
         minimum: earlier behaviors that a sample needs.
 
     Raises:
@@ -204,7 +206,7 @@ def replay(dataset: Dataset, condition: PartitionCondition, minimum: int = 20) -
     offsets = _offsets(lengths)
     order = np.fromiter((row for rows in rows_of.values() for row in rows), dtype=np.int64, count=int(offsets[-1]))
     position = np.arange(len(order)) - np.repeat(offsets[:-1], lengths)
-    boundaries, complete = _partition(dataset.behaviors, list(rows_of.values()), condition, len(order))
+    boundaries, complete = _partition(dataset, rows_of, condition, len(order))
 
     eligible = np.flatnonzero(position >= minimum)
     if not len(eligible):
@@ -294,7 +296,7 @@ class _Recorder:
 
 
 def _partition(
-    behaviors: Sequence[Behavior], rows_of: Sequence[Sequence[int]], condition: PartitionCondition, total: int
+    dataset: Dataset, rows_of: Mapping[str, Sequence[int]], condition: PartitionCondition, total: int
 ) -> tuple[Boundaries, _Int32]:
     """All partitions, and int32[N]: how many of the user's were complete before each behavior of the sequences."""
     ends: list[int] = []
@@ -302,13 +304,12 @@ def _partition(
     counts: list[int] = []
     complete = np.zeros(total, dtype=np.int32)
     begin = 0
-    for rows in rows_of:
-        recorder = _Recorder(condition)
-        streamed = stream(recorder, (), (behaviors[row] for row in rows))
-        ends.extend(np.cumsum([len(run) for run in streamed.partitions], dtype=int).tolist())
-        completed.extend(rows[arrival] for arrival in recorder.arrivals)
-        counts.append(len(streamed.partitions))
-        complete[begin : begin + len(rows)] = np.searchsorted(recorder.arrivals, np.arange(len(rows)), side="left")
+    for user_id, rows in rows_of.items():
+        sizes, arrivals = _cut(dataset, user_id, rows, condition)
+        ends.extend(itertools.accumulate(sizes))
+        completed.extend(rows[arrival] for arrival in arrivals)
+        counts.append(len(sizes))
+        complete[begin : begin + len(rows)] = np.searchsorted(arrivals, np.arange(len(rows)), side="left")
         begin += len(rows)
     offsets = _offsets(np.array(counts, dtype=np.int64))
     first = np.repeat(offsets[:-1], counts)
@@ -324,6 +325,18 @@ def _partition(
         offsets=offsets,
     )
     return boundaries, complete
+
+
+def _cut(
+    dataset: Dataset, user_id: str, rows: Sequence[int], condition: PartitionCondition
+) -> tuple[Sequence[int], list[int]]:
+    """The sizes of a user's partitions, and for each the place, in the user's sequence, of what completed it."""
+    if user_id in dataset.cuts:
+        sizes = dataset.cuts[user_id]
+        return sizes, [end - 1 for end in itertools.accumulate(sizes)]
+    recorder = _Recorder(condition)
+    streamed = stream(recorder, (), (dataset.behaviors[row] for row in rows))
+    return [len(run) for run in streamed.partitions], recorder.arrivals
 
 
 def _columns(dataset: Dataset) -> tuple[tuple[str, ...], _Int32, _Float64, _Float64]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from liber_runtime.behavior import Attributes, Behavior, Domain, Item
@@ -15,11 +16,15 @@ class Dataset:
 
     Attributes:
         domain: its description.
-        behaviors: in time order; behaviors of the same second stay in file order. A repeated delivery (same user and
-            event id) is dropped, as the memory store drops it, so that replay and store see the same log.
+        behaviors: in time order, unless `ordered`; behaviors of the same second stay in file order. A repeated
+            delivery (same user and event id) is dropped, as the memory store drops it, so that replay and store see
+            the same log.
         items: the catalogue by item id. Behaviors may name items that are not in it.
         profiles: what is known of users, by user id; may lack users.
         origin: where it came from, in words for a report.
+        ordered: whether the behaviors are in the order they arrived in, which then is kept whatever their times say.
+        cuts: by user id the sizes of the partitions of users whose memory lost behaviors after it was cut: the
+            partition condition would cut what is left in other places.
     """
 
     domain: Domain
@@ -27,14 +32,17 @@ class Dataset:
     items: dict[str, Item]
     profiles: dict[str, Attributes]
     origin: str = "made in Python"
+    ordered: bool = False
+    cuts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "behaviors", _in_time_order(self.behaviors))
+        arrived = self.behaviors if self.ordered else sorted(self.behaviors, key=lambda each: each.timestamp)
+        object.__setattr__(self, "behaviors", _distinct(arrived))
 
 
-def _in_time_order(behaviors: list[Behavior]) -> list[Behavior]:
+def _distinct(behaviors: list[Behavior]) -> list[Behavior]:
     distinct: dict[tuple[str, str], Behavior] = {}
-    for behavior in sorted(behaviors, key=lambda each: each.timestamp):
+    for behavior in behaviors:
         distinct.setdefault((behavior.user_id, behavior.event_id), behavior)
     return list(distinct.values())
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from liber_runtime.cli.application import DataOption, StoreOption, application, needs_builders, opened, output
+from liber_runtime.bundle import Manifest
+from liber_runtime.cli.application import (
+    DataOption,
+    StoreOption,
+    TritonOption,
+    application,
+    needs_builders,
+    opened,
+    output,
+)
 from liber_runtime.exceptions import InvalidInputError
+from liber_runtime.memory import MemoryStore
+from liber_runtime.settings import load_settings
+
+if TYPE_CHECKING:
+    from builders.train import TrainingResult
 
 
 @application.command()
@@ -50,18 +65,33 @@ def data(
     output.print(f"{download_movielens(to)}", soft_wrap=True)
 
 
-@application.command()
+OutputOption = Annotated[Path, typer.Option("--output", help="Receives the bundle.")]
+RepositoryOption = Annotated[
+    Path | None, typer.Option(help="Publish the bundle into this model repository as its next version.")
+]
+ServingOption = Annotated[
+    str | None,
+    typer.Option("--triton", help="host:port of a running Triton on that repository: it switches to the new version."),
+]
+RefitOption = Annotated[
+    bool,
+    typer.Option(
+        "--refit-pca", help="Fit the PCA anew, not keep that of the last build in --output: every vector is remade."
+    ),
+]
+
+building = typer.Typer()
+application.add_typer(building, name="build")
+
+
+@building.callback(invoke_without_command=True)
 def build(
+    context: typer.Context,
     data: DataOption = None,
     store: StoreOption = None,
-    output_directory: Annotated[Path, typer.Option("--output", help="Receives the bundle.")] = Path("runs/build"),
-    repository: Annotated[
-        Path | None, typer.Option(help="Publish the bundle into this model repository as its next version.")
-    ] = None,
-    triton: Annotated[
-        str | None,
-        typer.Option(help="host:port of a running Triton on that repository: it switches to the new version."),
-    ] = None,
+    output_directory: OutputOption = Path("runs/build"),
+    repository: RepositoryOption = None,
+    triton: ServingOption = None,
     condition: Annotated[
         str | None, typer.Option(help="When the cache is cut, for a new store. Default count(20).")
     ] = None,
@@ -70,20 +100,17 @@ def build(
     ] = None,
     dimension: Annotated[int, typer.Option(help="d: size of representations and interest.", min=1)] = 32,
     history: Annotated[int, typer.Option(help="T: newest behaviors the backbone reads.", min=1)] = 20,
-    refit_pca: Annotated[
-        bool,
-        typer.Option(
-            "--refit-pca", help="Fit the PCA anew, not keep that of the last build in --output: every vector is remade."
-        ),
-    ] = False,
+    refit_pca: RefitOption = False,
     seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.")] = 1,
 ) -> None:
     """Make a bundle: fill the store, write texts, fit encoder, PCA, fuser and backbone, export, publish.
 
-    Needs a checkout and the extras build and serve.
+    Runs at low priority. Needs a checkout and the extras build and serve.
     """
-    if triton is not None and repository is None:
-        raise InvalidInputError("--triton needs --repository, the model repository that this Triton serves")
+    if context.invoked_subcommand is not None:
+        _refuse_misplaced(context)
+        return
+    _require_repository(repository, triton)
     with needs_builders():
         from builders.datasets import load
 
@@ -91,31 +118,143 @@ def build(
         # Later, for it takes seconds: a mistyped path is told at once.
         from builders.build import BuildSettings
         from builders.build import build as build_bundle
-        from builders.repository import deploy, publish
+        from builders.priority import lower_priority
     from liber_runtime.writers.statistical import StatisticalWriter
 
+    lower_priority()
     settings = BuildSettings(dimension=dimension, history_length=history, seed=seed, refit_pca=refit_pca)
     if encoder is not None:
         settings = dataclasses.replace(settings, encoder=encoder)
     with opened(store, condition, create=True) as memory:
         manifest, result = build_bundle(memory, dataset, StatisticalWriter(), output_directory, settings)
+        _tell_result(manifest, result, output_directory)
+        _bring_into_service(memory, manifest, output_directory / "bundle", repository, triton)
+
+
+@building.command("re-encode")
+def reencode(
+    store: StoreOption = None,
+    output_directory: OutputOption = Path("runs/build"),
+    repository: RepositoryOption = None,
+    triton: ServingOption = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="BERT checkpoint: a directory or a hub name. What is not given stays as the bundle in --output has it."
+        ),
+    ] = None,
+    dimension: Annotated[int | None, typer.Option(help="d: size of representations and interest.", min=1)] = None,
+    history: Annotated[int | None, typer.Option(help="T: newest behaviors the backbone reads.", min=1)] = None,
+    refit_pca: RefitOption = False,
+    seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
+) -> None:
+    """Make vectors and a bundle anew from what the store holds: another encoder, dimension or PCA, and no writer call.
+
+    Scoring, appending and workers go on meanwhile, with the old vectors until the new bundle serves. A run that was
+    interrupted goes on where it was. Runs at low priority. Needs a checkout and the extras build and serve.
+    """
+    _require_repository(repository, triton)
+    # What builds takes seconds to import: a mistyped store is told at once.
+    with opened(store):
+        pass
+    with needs_builders():
+        from builders.build import BuildSettings
+        from builders.build import reencode as reencode_store
+        from builders.priority import lower_priority
+
+    lower_priority()
+    before = output_directory / "bundle"
+    settings = BuildSettings(refit_pca=refit_pca)
+    if before.is_dir():
+        kept = Manifest.load(before)
+        settings = dataclasses.replace(
+            settings,
+            encoder=kept.encoder.name,
+            dimension=kept.dimension,
+            history_length=kept.history_length,
+            seed=kept.seed,
+        )
+    given: dict[str, Any] = {"encoder": encoder, "dimension": dimension, "history_length": history, "seed": seed}
+    settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
+    with opened(store) as memory:
+        manifest, result = reencode_store(memory, output_directory, settings)
+        _tell_result(manifest, result, output_directory)
+        _bring_into_service(memory, manifest, before, repository, triton)
+
+
+@building.command()
+def switch(store: StoreOption = None, triton: TritonOption = None) -> None:
+    """Once a Triton serves the new bundle: have vectors made for that one alone, and no more for the one before.
+
+    `liber build --triton` does it by itself.
+    """
+    from liber_runtime.representation import TritonEncoder
+
+    async def ask() -> str:
+        encoder = TritonEncoder(triton or load_settings().triton)
+        try:
+            return await encoder.fingerprint()
+        finally:
+            await encoder.close()
+
+    with opened(store) as memory:
+        fingerprint = asyncio.run(ask())
+        with needs_builders():
+            from builders.build import switch as switch_store
+        _tell_due(switch_store(memory, fingerprint))
+
+
+def _refuse_misplaced(context: typer.Context) -> None:
+    """Says where options of a subcommand belong: before it they would be another command's, and ignored."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name) if parameter.name else None
+        if source is not None and source.name == "COMMANDLINE":
+            raise InvalidInputError(
+                f"{parameter.opts[0]} stands before {context.invoked_subcommand!r}; write `liber build "
+                f"{context.invoked_subcommand} {parameter.opts[0]} ...`"
+            )
+
+
+def _require_repository(repository: Path | None, triton: str | None) -> None:
+    if triton is not None and repository is None:
+        raise InvalidInputError("--triton needs --repository, the model repository that this Triton serves")
+
+
+def _tell_result(manifest: Manifest, result: TrainingResult, directory: Path) -> None:
+    output.print(
+        f"bundle {manifest.bundle_id} in {directory / 'bundle'}: validation AUC {result.auc:.4f}, "
+        f"log loss {result.logloss:.4f}",
+        soft_wrap=True,
+    )
+
+
+def _bring_into_service(
+    memory: MemoryStore, manifest: Manifest, bundle: Path, repository: Path | None, triton: str | None
+) -> None:
+    """Publishes a bundle; a running Triton switches to it, and only then the store to its vectors."""
+    from builders.build import encodings
+    from builders.build import switch as switch_store
+    from builders.repository import deploy, publish
+
+    if repository is not None and triton is not None:
+        version = deploy(bundle, repository, triton)
+        output.print(f"published as version {version} of {repository}; Triton at {triton} serves it", soft_wrap=True)
+        _tell_due(switch_store(memory, manifest.fingerprint))
+        return
+    if repository is not None:
+        output.print(f"published as version {publish(bundle, repository)} of {repository}", soft_wrap=True)
+    others = encodings(memory) - {manifest.fingerprint}
+    if others:
         output.print(
-            f"bundle {manifest.bundle_id} in {output_directory / 'bundle'}: validation AUC {result.auc:.4f}, "
-            f"log loss {result.logloss:.4f}",
+            f"vectors of {', '.join(sorted(others))} are still made beside those of {manifest.fingerprint}; when a "
+            "Triton serves the new bundle, run: liber build switch --triton HOST:PORT",
             soft_wrap=True,
         )
-        if repository is None:
-            return
-        if triton is None:
-            version = publish(output_directory / "bundle", repository)
-            output.print(f"published as version {version} of {repository}", soft_wrap=True)
-            return
-        version = deploy(output_directory / "bundle", repository, triton)
-        output.print(f"published as version {version} of {repository}; Triton at {triton} serves it", soft_wrap=True)
-        # While this build trained, workers encoded with the bundle that served; its vectors would be refused now.
-        late = memory.reencode(manifest.fingerprint)
-        if late:
-            output.print(f"{late} vectors that the bundle before made meanwhile wait for a worker to encode them again")
+
+
+def _tell_due(due: int) -> None:
+    if due:
+        output.print(f"{due} vectors of the newest partitions wait for a worker")
 
 
 def _report_table(report: dict[str, Any]) -> Table:

@@ -33,8 +33,9 @@ class UserMemoryModel:
     Outputs, per request: ``item_index`` int32[1,N], ``history_item`` and ``history_feedback`` int32[1,U,T],
     ``history_length`` int32[1,U], ``profile`` int32[1,U,P], ``representations`` float32[1,U,J,d],
     ``partition_mask`` bool[1,U,J] (J is at least 1: Triton moves no empty tensors), ``user_known`` bool[1,U] and
-    ``item_known`` bool[1,N]. A user of whom nothing is held has an empty history and no partitions; an item outside
-    the catalogue has index 0. Both are scored, and marked as not known.
+    ``item_known`` bool[1,N]. Vectors are those of the bundle's own encoding, whatever others the store holds; one that
+    is still to be made is not there yet. A user of whom nothing is held has an empty history and no partitions; an
+    item outside the catalogue has index 0. Both are scored, and marked as not known.
     """
 
     inputs = ("user_id", "item_id", "user_index")
@@ -77,18 +78,17 @@ class UserMemoryModel:
 
     def _read(self, users: list[str]) -> dict[str, UserMemory | None]:
         manifest = self._manifest
-        read = self._store.read(users, history=manifest.history_length, partitions=manifest.max_partitions)
+        read = self._store.read(users, manifest.history_length, manifest.max_partitions, manifest.fingerprint)
         return dict(zip(users, read, strict=True))
 
     def _outcome(self, request: FoldedRequest, memories: dict[str, UserMemory | None]) -> Outcome:
         held = [memories[user] for user in request.users]
         for user, memory in zip(request.users, held, strict=True):
-            if memory and memory.fingerprints - {self._manifest.fingerprint}:
-                foreign = ", ".join(sorted(memory.fingerprints - {self._manifest.fingerprint}))
+            if memory and memory.foreign:
                 return ConfigurationError(
-                    f"the vectors of user {user!r} were made by encoder and PCA {foreign}, this bundle reads "
-                    f"{self._manifest.fingerprint}; publish the bundle they belong to, or encode the stored texts "
-                    "again with `liber build`"
+                    f"the vectors of user {user!r} were made by encoder and PCA {', '.join(sorted(memory.foreign))}, "
+                    f"this bundle reads {self._manifest.fingerprint}; publish the bundle they belong to, or make "
+                    "vectors and a bundle from the stored texts with `liber build re-encode`"
                 )
         item_index = self._vocabulary.item_indices(request.items)
         outcome = self._history(held)

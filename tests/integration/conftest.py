@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -22,6 +28,10 @@ from liber_runtime.writers.statistical import StatisticalWriter
 
 # The models are so small that threads only wait for each other, long where other processes want the processors.
 torch.set_num_threads(1)
+
+PATIENCE_SECONDS = 30.0
+
+Matrix = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +79,54 @@ def build_small(directory: Path, encoder: Path, seed: int = 1) -> Built:
     finally:
         store.close()
     return Built(dataset, directory, url, manifest, settings)
+
+
+def copy_build(built: Built, directory: Path) -> Built:
+    """The build with a store of its own, so that what a test does to it no other test sees."""
+    directory.mkdir()
+    for name in ("bundle", "knowledge", "models"):
+        shutil.copytree(built.directory / name, directory / name)
+    with (
+        contextlib.closing(sqlite3.connect(built.directory / "memory.db")) as source,
+        contextlib.closing(sqlite3.connect(directory / "memory.db")) as target,
+    ):
+        source.backup(target)
+    return dataclasses.replace(built, directory=directory, store_url=f"sqlite:///{directory / 'memory.db'}")
+
+
+@contextlib.contextmanager
+def opened(built: Built) -> Iterator[MemoryStore]:
+    store = open_store(built.store_url)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def users_with_partitions(built: Built) -> list[str]:
+    with opened(built) as store:
+        users = store.users()
+        read = store.read(users, 0, 1, built.manifest.fingerprint)
+    return [user for user, held in zip(users, read, strict=True) if held and len(held.representations)]
+
+
+class Questions:
+    """The same call again and again: 12 users with partitions, 5 candidates each."""
+
+    def __init__(self, built: Built) -> None:
+        users, items = users_with_partitions(built)[:12], list(built.dataset.items)[:5]
+        self.users = [user for user in users for _ in items]
+        self.items = items * len(users)
+
+    def ask(self, client: ScoringClient) -> Matrix:
+        return client.score(self.users, self.items).probability
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

@@ -225,6 +225,32 @@ class TestOwnData:
         after = done("score", "u1", "m1", "--json", "--triton", world.triton, directory=world.directory)
         assert json.loads(after)["ranking"] != json.loads(before)["ranking"]
 
+    def test_a_reencode_needs_no_log_and_switches_the_running_server(self, world: World) -> None:
+        directory = world.directory
+        before = done("score", "u1", "m1", "--json", "--triton", world.triton, directory=directory)
+        place = ("--store", "sqlite:///memory.db", "--output", "build")
+        (was,) = json.loads(done("inspect", *place[:2], directory=directory))["encodings"]
+        first, told = done("build", "re-encode", *place, "--dimension", 6, directory=directory).splitlines()
+        assert re.fullmatch(r"bundle [0-9a-f]{16} in build/bundle: validation AUC 0\.\d+, log loss \d\.\d{4}", first)
+        manifest = json.loads((directory / "build" / "bundle" / "manifest.json").read_text())
+        now = manifest["fingerprint"]
+        assert (manifest["dimension"], manifest["history_length"]) == (6, 10)
+        assert told == (
+            f"vectors of {was} are still made beside those of {now}; when a Triton serves the new bundle, run: "
+            "liber build switch --triton HOST:PORT"
+        )
+        again = done("score", "u1", "m1", "--json", "--triton", world.triton, directory=directory)
+        assert again == before
+        # Told too early it says that nothing new serves, by going back to what does.
+        assert done("build", "switch", *place[:2], "--triton", world.triton, directory=directory) == ""
+        assert json.loads(done("inspect", *place[:2], directory=directory))["encodings"] == [was]
+        served = ("--repository", "models", "--triton", world.triton)
+        _, told = done("build", "re-encode", *place, *served, directory=directory).splitlines()
+        assert re.fullmatch(rf"published as version \d of models; Triton at {world.triton} serves it", told)
+        assert json.loads(done("inspect", *place[:2], directory=directory))["encodings"] == [now]
+        after = done("score", "u1", "m1", "--json", "--triton", world.triton, directory=directory)
+        assert json.loads(after)["ranking"] != json.loads(before)["ranking"]
+
     def test_catalogue_and_profiles_alone(self, world: World, tmp_path: Path) -> None:
         data = world.directory / "data"
         tables = ("--items", data / "items.csv", "--domain", data / "domain.json", "--users", data / "users.csv")
@@ -316,7 +342,19 @@ class TestRefusals:
     def test_nothing_to_do(self, tmp_path: Path) -> None:
         assert "there is nothing to ingest" in refused("ingest", directory=tmp_path)
         assert "--items and --domain go together" in refused("ingest", "--items", "items.csv", directory=tmp_path)
-        assert "--triton needs --repository" in refused("build", "--triton", "127.0.0.1:1", directory=tmp_path)
+        for command in (("build",), ("build", "re-encode")):
+            assert "--triton needs --repository" in refused(*command, "--triton", "127.0.0.1:1", directory=tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    def test_options_before_a_subcommand_are_not_ignored(self, tmp_path: Path) -> None:
+        assert refused("build", "--dimension", 8, "re-encode", directory=tmp_path) == (
+            "error: --dimension stands before 're-encode'; write `liber build re-encode --dimension ...`"
+        )
+
+    def test_there_is_nothing_to_encode_in_a_store_that_is_not_there(self, tmp_path: Path) -> None:
+        for name in ("re-encode", "switch"):
+            error = refused("build", name, directory=tmp_path, LIBER_STORE="sqlite:///typo.db")
+            assert error.startswith("error: there is no store sqlite:///typo.db; name another")
         assert not list(tmp_path.iterdir())
 
     def test_a_data_set_nobody_knows(self, tmp_path: Path) -> None:

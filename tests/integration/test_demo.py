@@ -148,12 +148,12 @@ from builders.train import TrainingSettings
 
 append, streamed = SQLiteStore.append, 0
 
-def append_and_die(self, behaviors):
+def append_and_die(self, behaviors, mark=None):
     global streamed
     streamed += len(behaviors) == 1
     if {moment!r} == "noted" and streamed == {nth}:
         os.kill(os.getpid(), signal.SIGKILL)
-    appended = append(self, behaviors)
+    appended = append(self, behaviors, mark)
     if {moment!r} == "cut" and streamed >= {nth} and len(behaviors) == 1 and appended.partitions:
         os.kill(os.getpid(), signal.SIGKILL)
     return appended
@@ -244,7 +244,7 @@ def _memory(directory: Path) -> list[tuple[Any, ...]]:
                     record.behaviors,
                     record.summary and record.summary.text,
                     record.shift and record.shift.text,
-                    record.representation and record.representation.fingerprint,
+                    sorted(record.representations),
                 )
                 for record in timeline.partitions
             ],

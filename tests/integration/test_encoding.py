@@ -58,7 +58,7 @@ class RefusingWriter:
 
 async def test_a_build_does_not_go_on_without_what_was_given_up(built: Built, tmp_path: Path) -> None:
     store = open_store(f"sqlite:///{tmp_path / 'memory.db'}")
-    store.put_items(built.dataset.domain, [])
+    store.describe(built.dataset.domain)
     store.append([Behavior("u", "i", 3.0, float(second)) for second in range(20)])
     with pytest.raises(ConfigurationError, match=r"^1 steps were given up .*\(this writer refuses everything\)"):
         await drain(Worker(store, RefusingWriter(), None, max_attempts=1))

@@ -74,6 +74,9 @@ class ConstantEncoder:
         self._fingerprint = fingerprint
         self._count = 0
 
+    async def fingerprint(self) -> str:
+        return self._fingerprint
+
     async def encode(self, texts: Sequence[tuple[str, str]]) -> Encoded:
         rows = [[float(self._count + place)] * D for place in range(len(texts))]
         self._count += len(rows)
@@ -83,8 +86,11 @@ class ConstantEncoder:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[MemoryStore]:
     memory = open_store(f"sqlite:///{tmp_path / 'memory.db'}")
-    memory.put_items(DOMAIN, [Item(item, f"Film {item}") for item in VOCABULARY.items])
-    memory.put_profiles({"long": {"gender": "male"}, "short": {"gender": "none"}})
+    memory.describe(
+        DOMAIN,
+        [Item(item, f"Film {item}") for item in VOCABULARY.items],
+        {"long": {"gender": "male"}, "short": {"gender": "none"}},
+    )
     memory.append([Behavior("long", f"i{n % 30}", 1.0 + n % 5, float(n), f"e{n}") for n in range(105)])
     memory.append([Behavior("short", "i1", 5.0, 1.0), Behavior("short", "elsewhere", 2.0, 2.0)])
     yield memory
@@ -309,6 +315,30 @@ def test_a_pooled_encoder_averages_what_belongs_together(tiny_bert: Path) -> Non
         together = encoder(ids, mask, torch.tensor([0, 0]))[0]
         apart = encoder(ids, mask, torch.tensor([0, 1]))
     torch.testing.assert_close(together, (6 * apart[0] + 3 * apart[1]) / 9)
+
+
+async def test_a_bundle_reads_the_vectors_of_its_own_encoding_and_no_others(encoded: MemoryStore) -> None:
+    encoded.encode_by({"abc", "other"})
+    models = [UserMemoryModel(encoded, VOCABULARY, manifest(name), Settings()) for name in ("abc", "other")]
+
+    def read(model: UserMemoryModel) -> tuple[list[float], list[bool]]:
+        (outcome,) = model.run([request([b"long"], [b"i3"], [0])])
+        assert isinstance(outcome, dict)
+        return outcome["representations"][0, 0, :, 0].tolist(), outcome["partition_mask"][0, 0].tolist()
+
+    # Wanted and not made yet: there is nothing, which is no reason to refuse.
+    before = read(models[0])
+    assert before[1] == [True] * 3
+    assert read(models[1]) == ([0.0], [False])
+    encoder = ConstantEncoder("other")
+    await encoder.encode([("", "")] * 100)
+    await Worker(encoded, None, encoder).drain()
+    assert read(models[0]) == before
+    assert read(models[1])[1] == [True] * 3
+    assert min(read(models[1])[0]) >= 100
+    # After the switch, what is on its way to the bundle before is still answered.
+    encoded.encode_by({"other"})
+    assert read(models[0]) == before
 
 
 def test_pending_partitions_do_not_hold_up_scoring(store: MemoryStore) -> None:
