@@ -151,6 +151,7 @@ class RedisCluster:
                 all("cluster_state:ok" in state for state in states)
                 and len(masters) == MASTERS
                 and all("state=online" in master.command("INFO", "replication") for master in masters)
+                and all(server.command("CLUSTER", "NODES").count("slave ") == MASTERS for server in self.servers)
             )
 
         _wait(is_whole, "the cluster is not whole")

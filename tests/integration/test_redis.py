@@ -79,6 +79,17 @@ def test_a_cluster_has_one_database(cluster: RedisCluster) -> None:
         open_store(f"redis://{cluster.address}/3")
 
 
+def test_a_cluster_waits_for_a_replica_and_a_single_redis_for_none(single: RedisServer, cluster: RedisCluster) -> None:
+    for address, query, replicas in (
+        (single.address, "", 0),
+        (cluster.address, "", 1),
+        (cluster.address, "&replicas=0", 0),
+    ):
+        store = RedisStore(f"redis://{address}/0?name=waits{query}")
+        assert store._servers.replicas == replicas
+        store.close()
+
+
 def test_databases_and_names_keep_stores_apart(single: RedisServer) -> None:
     stores = [open_store(f"redis://{single.address}/{place}") for place in ("1?name=x", "2?name=x", "1?name=y")]
     for number, store in enumerate(stores):

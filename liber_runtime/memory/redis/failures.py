@@ -27,6 +27,11 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ("CLUSTERDOWN", "a part of the cluster has no master: start its servers, and repeat the call"),
     ("Hash slot not served", "a part of the cluster has no master: start its servers, and repeat the call"),
     ("cluster is down", "a part of the cluster has no master: start its servers, and repeat the call"),
+    (
+        "UNBLOCKED",
+        "the cluster replaced the master while it worked: raise cluster-node-timeout, or append fewer behaviors "
+        "of a user in one call, and repeat the call",
+    ),
     ("NOREPLICAS", "the master has fewer replicas than min-replicas-to-write: start them, and repeat the call"),
     ("unknown command", "LIBER needs Redis 7.0 or newer"),
     ("SELECT is not allowed", "a cluster has database 0 only; write /0"),

@@ -79,7 +79,12 @@ class Servers:
         self._closed = False
         self.is_cluster = self._detect_cluster()
         self._topology = self._look_around()
-        self._replicas = int(self._topology.replicated) if address.replicas is None else address.replicas
+
+    @property
+    def replicas(self) -> int:
+        """How many must have a write before it is acknowledged."""
+        wanted = self.address.replicas
+        return int(self._topology.replicated) if wanted is None else wanted
 
     # -- where things are ----------------------------------------------------------------------------------------
 
@@ -101,13 +106,14 @@ class Servers:
             return _Topology([(0, SLOTS - 1, node)], [node], replicated=False)
 
         def ask(connection: Connection) -> _Topology:
-            ranges, nodes, replicated = [], [], True
+            ranges, nodes = [], []
+            # Slots name no replica that is away; what a cluster is meant to have must not depend on the moment.
+            replicated = b"slave" in _ask(connection, "CLUSTER", "NODES")
             for first, last, *servers in _ask(connection, "CLUSTER", "SLOTS"):
                 # A server that does not know its own address leaves it out: it is the one we asked.
                 found = [(_text(server[0]) or connection.host, int(server[1])) for server in servers]
                 ranges.append((int(first), int(last), found[0]))
                 nodes += found
-                replicated = replicated and len(found) > 1
             if not ranges:
                 raise exceptions.ConnectionError("CLUSTERDOWN the cluster has no slots")
             return _Topology(ranges, list(dict.fromkeys(nodes)), replicated)
@@ -218,7 +224,7 @@ class Servers:
 
     def _send(self, calls: Sequence[Call], left: Mapping[int, Node | None], durable: bool) -> _Round:
         """Sends what is left of some calls, to each server in one go."""
-        sent = _Round(calls, left, durable)
+        sent = _Round(calls, left, durable, self.replicas if durable else 0)
         by_node: dict[Node, list[int]] = {}
         by_slot = self._topology.by_slot
         for index, asked in left.items():
@@ -233,8 +239,8 @@ class Servers:
                 if left[index]:
                     commands.append(("ASKING",))
                 commands.append(calls[index].command)
-            if durable and self._replicas:
-                commands.append(("WAIT", self._replicas, self.address.wait_milliseconds))
+            if sent.replicas:
+                commands.append(("WAIT", sent.replicas, self.address.wait_milliseconds))
             try:
                 connection = self._borrow(node)
                 connection.send_packed_command(_pack_all(connection, commands))
@@ -290,8 +296,8 @@ class Servers:
                         failed[index] = error
                     else:
                         fatal = error
-            if sent.durable and self._replicas:
-                fatal = self._check_replicas(connection, failed, indices) or fatal
+            if sent.replicas:
+                fatal = self._check_replicas(connection, sent, indices) or fatal
             if unloaded:
                 _ask(connection, "FUNCTION", "LOAD", "REPLACE", SOURCE)
         except _LOST as error:
@@ -308,19 +314,17 @@ class Servers:
             self._give_back(node, connection)
         return fatal
 
-    def _check_replicas(
-        self, connection: Connection, failed: dict[int, BaseException], indices: Sequence[int]
-    ) -> StoreError | None:
+    def _check_replicas(self, connection: Connection, sent: _Round, indices: Sequence[int]) -> StoreError | None:
         try:
             acknowledged = connection.read_response()
         except exceptions.ResponseError as error:
             # The server has become a replica itself.
-            failed.update(dict.fromkeys(indices, error))
+            sent.failed.update(dict.fromkeys(indices, error))
             return None
-        if acknowledged >= self._replicas:
+        if acknowledged >= sent.replicas:
             return None
         return StoreError(
-            f"store {self.address}: kept on the master, not yet replicated: {acknowledged} of {self._replicas} "
+            f"store {self.address}: kept on the master, not yet replicated: {acknowledged} of {sent.replicas} "
             f"replicas had it after {self.address.wait_milliseconds} ms; repeat the call, it is safe"
         )
 
@@ -361,7 +365,8 @@ class _Round:
     Attributes:
         calls: all of them.
         left: those that were sent now, with the server where another one said they are to be asked for.
-        durable: whether each server was also asked to wait for its replicas.
+        durable: whether replicas must have what was written.
+        replicas: how many each server was asked to wait for.
         failed: what has to be sent again, with the reason.
         on_their_way: what waits for replies, by server.
     """
@@ -369,6 +374,7 @@ class _Round:
     calls: Sequence[Call]
     left: Mapping[int, Node | None]
     durable: bool
+    replicas: int
     failed: dict[int, BaseException] = field(default_factory=dict)
     on_their_way: list[tuple[Node, list[int], Connection]] = field(default_factory=list)
 
