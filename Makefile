@@ -7,7 +7,7 @@ RUN ?= runs/demo
 DATA ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint types format check clean
+.PHONY: help setup redis demo test unit lint types format check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,16 +19,23 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  "error: $(PYTHON) is Python %d.%d; LIBER runs on 3.10 to 3.12: make PYTHON=python3.11 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable '.[serve,kafka,build,bench,test,lint]'
+	  --editable '.[serve,kafka,redis,build,bench,test,lint]'
 	@touch $@
 
 demo: setup  ## Run LIBER end to end: DATA=path/to/ml-100k, or the generated sample without it
 	$(BIN)/liber demo $(if $(DATA),--data '$(DATA)') --output '$(RUN)'
 
-test: setup  ## Run all tests, those on the real Triton included (LIBER_DATA=path/to/ml-100k adds those on real data)
+redis:  ## Install redis-server (Debian, as root or with sudo) where it is missing; its tests are skipped without it
+	@command -v redis-server >/dev/null || { \
+	  as_root=''; [ "$$(id -u)" = 0 ] || as_root='sudo -n'; \
+	  install="$$as_root apt-get install --yes --quiet --no-install-recommends redis-server"; \
+	  $$install || { $$as_root apt-get update --quiet && $$install; }; } >/dev/null 2>&1 \
+	  || echo 'redis-server cannot be installed here; the tests of stores in Redis are skipped'
+
+test: setup redis  ## Run all tests, those on the real Triton included (LIBER_DATA=path/to/ml-100k adds those on real data)
 	$(BIN)/python -m pytest
 
-unit: setup  ## Run the tests that start no server
+unit: setup redis  ## Run the tests that start no Triton
 	$(BIN)/python -m pytest tests/unit tests/contract
 
 lint: setup  ## Check style

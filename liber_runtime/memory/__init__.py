@@ -395,7 +395,8 @@ def open_store(url: str, condition: PartitionCondition | None = None, *, create:
 
     Args:
         url: ``sqlite:///relative/path.db`` or ``sqlite:////absolute/path.db``, with ``?shards=N`` for N files that
-            share the users.
+            share the users; ``redis://host:port/0?name=liber``, or ``rediss://`` over TLS, for one Redis or a cluster
+            (`liber_runtime.memory.redis.address.parse_address`).
         condition: when the cache is cut. Fixed when the store is made (default ``count(20)``, the paper's K);
             afterwards None takes the store's own.
         create: make the store if it is missing. What only reads or erases says no, lest a mistyped path become one.
@@ -407,7 +408,23 @@ def open_store(url: str, condition: PartitionCondition | None = None, *, create:
     scheme, separator, rest = url.partition("://")
     if scheme == "sqlite" and separator and rest.startswith("/") and rest != "/":
         return _open_sqlite(url, rest[1:], condition, create)
-    raise ConfigurationError(f"store {url!r} is not understood; write sqlite:///path/to/memory.db")
+    if scheme in ("redis", "rediss") and separator and rest:
+        return _open_redis(url, condition, create)
+    raise ConfigurationError(
+        f"store {url!r:.200} is not understood; write sqlite:///path/to/memory.db or redis://host:6379/0?name=liber"
+    )
+
+
+def _open_redis(url: str, condition: PartitionCondition | None, create: bool) -> MemoryStore:
+    try:
+        from liber_runtime.memory.redis import RedisStore
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise ConfigurationError(
+            "stores in Redis need the package redis; install it: pip install 'liber-runtime[redis]'"
+        ) from None
+    return RedisStore(url, condition, create=create)
 
 
 def _open_sqlite(url: str, place: str, condition: PartitionCondition | None, create: bool) -> MemoryStore:
