@@ -116,7 +116,7 @@ class Appender:
             before.revision,
             [dump_run(partition) for partition in streamed.partitions],
             dump_run(streamed.cache),
-            Held(token, before.partitions + len(streamed.partitions), streamed.cache),
+            Held(token, before.partitions + len(streamed.partitions), tuple(streamed.cache)),
         )
 
     def _call(self, user_id: str, token: bytes, draft: _Draft, arrival: str) -> Call:
