@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 DATA ?=
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup redis demo test unit lint types format check clean
@@ -33,7 +34,7 @@ redis:  ## Install redis-server (Debian, as root or with sudo) where it is missi
 	  || echo 'redis-server cannot be installed here; the tests of stores in Redis are skipped'
 
 test: setup redis  ## Run all tests, those on the real Triton included (LIBER_DATA=path/to/ml-100k adds those on real data)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 unit: setup redis  ## Run the tests that start no Triton
 	$(BIN)/python -m pytest tests/unit tests/contract

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 
@@ -26,13 +27,12 @@ def check_arrival(behaviors: Sequence[Behavior]) -> None:
     Raises:
         InvalidInputError: a timestamp more than `MAX_AHEAD_SECONDS` ahead of this machine's clock.
     """
-    latest = time.time() + MAX_AHEAD_SECONDS
-    for behavior in behaviors:
-        if behavior.timestamp > latest:
-            raise InvalidInputError(
-                f"timestamp {behavior.timestamp!r} of user {behavior.user_id!r} lies in the future; give seconds since "
-                "1970 (divide milliseconds by 1000) and check the clock of whoever sent it"
-            )
+    newest = max(behaviors, key=attrgetter("timestamp"), default=None)
+    if newest is not None and newest.timestamp > time.time() + MAX_AHEAD_SECONDS:
+        raise InvalidInputError(
+            f"timestamp {newest.timestamp!r} of user {newest.user_id!r} lies in the future; give seconds since 1970 "
+            "(divide milliseconds by 1000) and check the clock of whoever sent it"
+        )
 
 
 def check_made(result: Result) -> Text | Representation | Failure:

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import sqlite3
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -160,9 +161,9 @@ class SQLiteStore(SQLiteQueue):
         """See `MemoryStore.append`."""
         check_arrival(behaviors)
         condition = self.condition
-        by_user: dict[str, dict[bytes, Behavior]] = {}
+        by_user: defaultdict[str, dict[bytes, Behavior]] = defaultdict(dict)
         for behavior in behaviors:
-            by_user.setdefault(behavior.user_id, {}).setdefault(event_digest(behavior.event_id), behavior)
+            by_user[behavior.user_id].setdefault(event_digest(behavior.event_id), behavior)
 
         def keep(db: sqlite3.Connection) -> tuple[int, int]:
             held = _hold(db, by_user)
