@@ -129,7 +129,8 @@ class Crew:
             if not ended:
                 os.kill(pid, signal.SIGKILL)
                 _, status = os.waitpid(pid, 0)
-            self.crashes += status != 0
+            # One that had just begun may not listen yet, and then the signal itself ends it.
+            self.crashes += status not in (0, signal.SIGTERM)
             del self._alive[pid]
 
     def __enter__(self) -> Crew:

@@ -71,7 +71,7 @@ class TextModel:
         self._url = url
         self._model = model
         self._deadline = deadline_seconds
-        self._client = tritonclient.grpc.aio.InferenceServerClient(url)
+        self._client: Any = None
 
     async def run(
         self,
@@ -113,6 +113,9 @@ class TextModel:
             tensor.set_data_from_numpy(np.array([text.encode() for text in column], dtype=np.object_))
             inputs.append(tensor)
         requested = [tritonclient.grpc.InferRequestedOutput(name) for name in outputs]
+        if self._client is None:
+            # Not sooner: a channel belongs to the event loop that runs when it is made.
+            self._client = tritonclient.grpc.aio.InferenceServerClient(self._url)
         try:
             answer = await self._client.infer(self._model, inputs, outputs=requested, client_timeout=self._deadline)
         except InferenceServerException as error:
@@ -121,7 +124,8 @@ class TextModel:
 
     async def close(self) -> None:
         """Closes the channel."""
-        await self._client.close()
+        if self._client is not None:
+            await self._client.close()
 
 
 class TritonEncoder:

@@ -17,6 +17,7 @@ from liber_runtime.cli.application import StoreOption, TritonOption, application
 from liber_runtime.exceptions import LiberError
 from liber_runtime.progress import console, progress
 from liber_runtime.settings import load_settings
+from liber_runtime.wording import visible
 
 if TYPE_CHECKING:
     from liber_runtime.representation import TritonEncoder
@@ -102,6 +103,8 @@ async def _work(hands: Worker, encoder: TritonEncoder | None, drain: bool) -> tu
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop_by, number)
+    if not drain:
+        console.print("waiting for work; SIGTERM or Ctrl-C ends it")
     try:
         with _told(bar=drain) as tell:
             return (await hands.drain(tell, stop) if drain else await hands.run(stop, tell)), signalled
@@ -122,7 +125,7 @@ def _told(bar: bool) -> Iterator[Callable[[WorkerProgress], None]]:
             advance(made - done)
             done = made
             if now.error != error:
-                console.print(f"a step failed: {now.error}", soft_wrap=True)
+                console.print(f"a step failed: {visible(now.error)}", soft_wrap=True)
                 error = now.error
 
         yield tell

@@ -282,9 +282,11 @@ class TestServe:
 
     def test_a_worker_that_waits_for_work_is_ended_by_sigterm(self, world: World) -> None:
         arguments = command("worker", "--store", world.store, "--triton", world.triton)
-        with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-            # Told once it listens for the signal, which it says by having the store open.
-            _await_open(process, world.directory / "memory.db")
+        with subprocess.Popen(
+            arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "waiting for work; SIGTERM or Ctrl-C ends it\n"
             process.send_signal(signal.SIGTERM)
             printed, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0
@@ -442,13 +444,3 @@ class TestHelp:
     def test_without_a_command_it_says_what_there_is(self, tmp_path: Path) -> None:
         assert "Score candidates for a user" in done("--help", directory=tmp_path)
         assert re.fullmatch(r"\d+\.\d+\.\d+\n", done("--version", directory=tmp_path))
-
-
-def _await_open(process: subprocess.Popen[str], path: Path) -> None:
-    import psutil
-
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
-        # Two connections: the second reads, when the first look for work is under way.
-        if [file.path for file in watched.open_files()].count(str(path)) >= 2:
-            return

@@ -19,6 +19,7 @@ import pytest
 
 from liber_runtime.behavior import Behavior, Domain, Item, Text
 from liber_runtime.cli import main
+from liber_runtime.cli.application import output
 from liber_runtime.interest import ShiftPrompt, SummaryPrompt
 from liber_runtime.memory import Failure, MemoryStore, Representation, Result, Task, open_store
 from liber_runtime.writers.statistical import compare, summarize
@@ -128,7 +129,7 @@ def liber(
     for name in [name for name in os.environ if name.startswith("LIBER_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("LIBER_STORE", url)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(output, "width", 200)
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
     yield Command(url, tmp_path, capsys, monkeypatch)

@@ -13,11 +13,12 @@ import tritonclient.grpc
 from conftest import Built, Running
 from tritonclient.utils import InferenceServerException
 
-from builders.build import make_liber, prepare
+from builders.build import make_liber, prepare, read_vectors
 from builders.build import train_once as load_trained
-from builders.replay import replay, split
+from builders.datasets import Dataset
+from builders.replay import Samples, replay, split
 from builders.repository import BUNDLE_ENSEMBLES
-from builders.train import predict
+from builders.train import Index, TrainingData, predict
 from builders.vocabulary import fit
 from liber_runtime.exceptions import InvalidInputError, ScoringError
 from liber_runtime.memory import MemoryStore
@@ -46,7 +47,12 @@ class TestAnswers:
         parts = split(samples)
         vocabulary = fit(built.dataset, built.dataset.behaviors[: samples.behavior[parts.test[0]]])
         knowledge = type("Knowledge", (), {"fingerprint": built.manifest.fingerprint})()
-        data = prepare(store, built.dataset, samples, parts.training_part, vocabulary, knowledge, built.settings)
+
+        def seen(dataset: Dataset, replayed: Samples, rows: Index) -> TrainingData:
+            vectors = read_vectors(store, replayed, rows, knowledge, built.settings)
+            return prepare(vectors, dataset, replayed, rows, vocabulary, built.settings)
+
+        data = seen(built.dataset, samples, parts.training_part)
         model = make_liber(vocabulary, built.settings)
         load_trained("liber", model, data, parts, built.settings, built.directory / "models")
         longer = _with_one_more_behavior_each(built, store)
@@ -54,7 +60,7 @@ class TestAnswers:
         rows = np.flatnonzero(again.behavior >= len(built.dataset.behaviors))
         offline = predict(
             model,
-            prepare(store, longer, again, rows, vocabulary, knowledge, built.settings),
+            seen(longer, again, rows),
             np.arange(len(rows)),
         )
         users = [again.user_ids[user] for user in again.user[rows]]
