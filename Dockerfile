@@ -13,7 +13,8 @@
 #   docker run --name worker --network liber --no-healthcheck --env LIBER_TRITON=scoring:8001 \
 #     --volume memory:/memory liber worker
 #
-# Scoring and worker share one SQLite file, so they run on one machine, over a volume on a local disk.
+# Over one SQLite file scoring and worker run on one machine, over a volume on a local disk. With a Redis or a Redis Cluster
+# (--env LIBER_STORE=redis://user:password@host:6379/0) they run on as many machines as you like.
 
 ARG PYTHON_TAG=3.11.14-slim-bookworm
 
@@ -25,7 +26,7 @@ COPY liber_runtime liber_runtime
 RUN pip wheel --no-deps --wheel-dir /wheels . \
     && python -m venv --without-pip /opt/liber \
     && pip --python /opt/liber/bin/python install --only-binary :all: --constraint constraints.txt \
-        "$(echo /wheels/liber_runtime-*.whl)[serve]"
+        "$(echo /wheels/liber_runtime-*.whl)[serve,redis,kafka]"
 
 FROM python:${PYTHON_TAG}
 ENV PATH=/opt/liber/bin:$PATH PYTHONUNBUFFERED=1
