@@ -83,7 +83,7 @@ def _newest_vectors(
 _NEWEST = "SELECT vector FROM representations WHERE user = ? AND encoding = ? ORDER BY number DESC LIMIT ?"
 _ALL_NEWEST = (
     "SELECT r.user, r.vector FROM json_each(?) j CROSS JOIN representations r"
-    " ON r.user = j.value ->> 0 AND r.encoding = ? AND r.number > j.value ->> 1"
+    " ON r.user = json_extract(j.value, '$[0]') AND r.encoding = ? AND r.number > json_extract(j.value, '$[1]')"
 )
 
 
