@@ -131,6 +131,7 @@ def ingest(plan: Plan, slot: int, incarnation: int) -> None:
     """One life of an ingester: its senders append until they are told to stop or the parent is gone."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     parent = os.getppid()
     store = _open_patiently(plan, stop)
     if store is None:
@@ -188,6 +189,7 @@ def work(plan: Plan, slot: int, incarnation: int) -> None:
 async def _work(plan: Plan, slot: int, incarnation: int) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     watching = asyncio.create_task(_watch_parent(os.getppid(), stop))
     with _notes(plan.calls(slot, incarnation)) as notes:
         while not stop.is_set():

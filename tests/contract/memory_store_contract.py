@@ -398,13 +398,13 @@ class MemoryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.still_held())
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
-        # One by one: what one result changes may void the claim on another.
-        task = data.draw(st.sampled_from(self.still_held()))
-        result = self.make(task)
-        assert self.store.commit([result]) == Committed(1, 0)
-        assert self.store.commit([result]) == Committed(0, 1)
-        self.model.commit(task, result)
-        self.let_go(lambda other: other is task)
+        chosen = data.draw(st.lists(st.sampled_from(self.still_held()), min_size=1, unique_by=id))
+        results = [self.make(task) for task in chosen]
+        assert self.store.commit(results) == Committed(len(chosen), 0)
+        assert self.store.commit(results) == Committed(0, len(chosen))
+        for task, result in zip(chosen, results, strict=True):
+            self.model.commit(task, result)
+        self.let_go(lambda other: any(other is task for task in chosen))
 
     @precondition(lambda self: self.still_held())
     @rule(dead=st.booleans())

@@ -9,7 +9,7 @@ import resource
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -487,3 +487,37 @@ def test_users_come_in_the_order_they_first_came(store: SQLiteStore) -> None:
     store.describe(profiles={"mia": {"age": 1}})
     store.append([*run("ann", 1), *run("zoe", 1, 1)])
     assert store.users() == ["zoe", "mia", "ann"]
+
+
+# -- what one file promises beyond the contract -----------------------------------------------------------------------
+
+
+def test_the_oldest_steps_of_all_users_come_first(path: Path) -> None:
+    now = [1_000.0]
+    store = SQLiteStore(str(path), Count(5), clock=lambda: now[0])
+    for user in ("zoe", "ann", "mia"):
+        store.append(run(user, 5))
+        now[0] += 1.0
+    (first,) = store.claim(["summary"], 1, 60.0)
+    store.commit([Result(first, Text("summary", "text", "test", "v1", None, None, 0.1, 1.0))])
+    now[0] += 1.0
+    store.append(run("late", 5))
+    claimed = [(task.user_id, task.step) for task in store.claim(STEPS, 9, 60.0)]
+    assert claimed == [("ann", "summary"), ("mia", "summary"), ("zoe", "representation"), ("late", "summary")]
+    store.close()
+
+
+def test_a_call_is_all_or_nothing_over_its_users(path: Path) -> None:
+    class Broken:
+        def boundary(self, cache: Sequence[Behavior], previous: object) -> int:
+            return 99 if cache[-1].user_id == "bo" else 0
+
+        def __str__(self) -> str:
+            return "broken"
+
+    store = SQLiteStore(str(path), Broken())
+    with pytest.raises(ConfigurationError, match="broken cut 99"):
+        store.append([*run("ann", 1), *run("bo", 1)])
+    assert store.users() == []
+    assert store.statistics().behaviors == 0
+    store.close()
