@@ -1,20 +1,24 @@
-"""What a figure was measured on."""
+"""What a figure was measured on, and how a benchmark tells its figures."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import sqlite3
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
+
+from liber_runtime.exceptions import LiberError
 
 PACKAGES = (
     "liber-runtime",
@@ -97,3 +101,21 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def show_figures(figures: Mapping[str, Any], path: Path | None) -> None:
+    """Prints what a benchmark measured as JSON, and writes it to `path` if there is one."""
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with what `main` returns; an error of LIBER's own is one line and status 1."""
+    try:
+        sys.exit(main())
+    except LiberError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
@@ -40,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from bench.environment import describe_machine, describe_versions, scratch
+from bench.environment import describe_machine, describe_versions, run_command, scratch, show_figures
 from bench.verification import Notes, Outage, read_notes, verify
 from bench.victims import DOMAIN, Plan, catalogue, ingest, last_acknowledged, user_name, work
 from liber_runtime.exceptions import LiberError
@@ -385,17 +384,9 @@ def main() -> int:
     with scratch(arguments.directory) as directory:
         figures = (run_sqlite if arguments.store == "sqlite" else run_redis)(arguments, directory)
         figures |= {"machine": describe_machine(directory), "versions": describe_versions(), "seed": arguments.seed}
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(text + "\n")
+    show_figures(figures, arguments.json)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LiberError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)

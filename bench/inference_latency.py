@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.environment import describe_machine, describe_versions
-from liber_runtime.exceptions import LiberError
+from bench.environment import describe_machine, describe_versions, run_command, show_figures
 from liber_runtime.memory import open_store
 from liber_runtime.scoring import ScoringClient
 from liber_runtime.settings import load_settings
@@ -96,16 +95,9 @@ def main() -> int:
         "versions": describe_versions(),
         "seed": arguments.seed,
     }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
+    show_figures(figures, arguments.json)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LiberError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)

@@ -25,7 +25,6 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import random
 import statistics
 import sys
@@ -40,7 +39,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from bench.bare import WARM, Ground, SQLiteGround, settle
-from bench.environment import describe_machine, describe_versions, scratch
+from bench.environment import describe_machine, describe_versions, run_command, scratch, show_figures
 from bench.plot import draw_lines
 from bench.workload import FINGERPRINT, NoopEncoder, NoopWriter, Source, describe, fill, make_knowledge, user_names
 from liber_runtime.behavior import Behavior
@@ -349,17 +348,9 @@ def main() -> int:
             "seed": arguments.seed,
             "quick": arguments.quick,
         }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(text + "\n")
+    show_figures(figures, arguments.json)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LiberError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.environment import describe_machine, describe_versions
+from bench.environment import describe_machine, describe_versions, run_command, show_figures
 from builders.build import BuildSettings, build, reencode, switch
 from builders.datasets import sample
 from builders.priority import lower_priority
@@ -240,16 +239,9 @@ def main() -> int:
         "versions": describe_versions(),
         "seed": arguments.seed,
     }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
+    show_figures(figures, arguments.json)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LiberError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)
