@@ -373,7 +373,7 @@ def test_two_processes_make_one_store(single: RedisServer) -> None:
 
 
 def test_a_server_that_is_gone_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
-    server = RedisServer(tmp_path)
+    server = RedisServer(tmp_path, ("--appendfsync", "always"))
     server.start()
     try:
         store = open_store(f"redis://{server.address}/0?timeout_seconds=0.3", Count(5))
