@@ -28,6 +28,10 @@ _Float32 = npt.NDArray[np.float32]
 _Float64 = npt.NDArray[np.float64]
 
 
+MINIMUM_OF_LABEL = 10
+"""Samples of each label that every part of a split needs: with fewer, one sample moves the AUC by more than a tenth."""
+
+
 @dataclass(frozen=True)
 class Boundaries:
     """All partitions of all users, ordered by user, then number.
@@ -244,7 +248,8 @@ def split(samples: Samples, test_fraction: float = 0.1, validation_fraction: flo
         validation_fraction: share of the training part, taken from its end.
 
     Raises:
-        InvalidInputError: a fraction is not in (0, 1), or a part would be empty or hold labels of one class only.
+        InvalidInputError: a fraction is not in (0, 1), or a part would hold fewer than `MINIMUM_OF_LABEL` samples of a
+            label.
     """
     count = len(samples)
     known = _floor_share(count, "test_fraction", test_fraction)
@@ -253,11 +258,12 @@ def split(samples: Samples, test_fraction: float = 0.1, validation_fraction: flo
     parts = Split(rows[:fitted], rows[fitted:known], rows[known:])
     for name in ("train", "validation", "test"):
         labels = samples.label[getattr(parts, name)]
-        if len(set(labels.tolist())) < 2:
-            held = "none" if not len(labels) else f"{len(labels)}, all labelled {labels[0]:g}"
+        ones = int(np.count_nonzero(labels))
+        if min(ones, len(labels) - ones) < MINIMUM_OF_LABEL:
             raise InvalidInputError(
-                f"the {name} part of {count} samples needs samples of both labels and has {held}; bring a longer log "
-                "or set positive_above in the middle of the feedback"
+                f"the {name} part of {count} samples has {ones} of label 1 and {len(labels) - ones} of label 0, and "
+                f"needs {MINIMUM_OF_LABEL} of each; bring a longer log or set positive_above in the middle of the "
+                "feedback"
             )
     return parts
 

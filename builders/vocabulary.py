@@ -7,7 +7,6 @@ a dict or a set, so the same data give the same vocabulary.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def _fields(rows: Sequence[Attributes], minimum_category: int, multiple: bool) -
 
 def _field(name: str, values: Sequence[AttributeValue], minimum_category: int, multiple: bool) -> Field:
     if all(isinstance(value, int | float) for value in values):
-        numbers = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+        numbers = [float(value) for value in values if isinstance(value, int | float)]
         return Field(name=name, kind="number", boundaries=_bucket_boundaries(numbers))
     texts = [value if isinstance(value, tuple) else (str(value),) for value in values]
     if not (multiple and any(isinstance(value, tuple) for value in values)):

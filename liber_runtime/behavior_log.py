@@ -9,10 +9,12 @@ Columns:
     items: ``item``, ``title``; every other column is an attribute.
     profiles: ``user``; every other column is an attribute.
 
+    Where one of these is missing, `SYNONYMS` of it is read in its place.
+
 Attributes in CSV are typed by column: a column in which any value holds ``|`` is multi-valued in every row
 (``Drama|War``), one in which all values are plain decimal numbers is numeric (``007`` is not: it is a code), anything
-else is text. JSON lines and Parquet carry their own types: text, number, list of texts. An empty or null value is an
-absent attribute.
+else is text. JSON lines and Parquet carry their own types: text, number, list of texts; an attribute that is a number
+in one line is one in all. An empty or null value is an absent attribute; ``nan`` and ``inf`` among numbers are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import csv
 import datetime
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,15 +35,18 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 from liber_runtime.behavior import Attributes, AttributeValue, Behavior, Item
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.memory.checks import check_arrival
+from liber_runtime.progress import console
 
 STANDARD_INPUT = "-"
 BEHAVIOR_KEYS = ("user", "item", "timestamp", "feedback")
+SYNONYMS: Mapping[str, str] = {"user": "user_id", "item": "item_id", "feedback": "rating"}
 SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 MAX_LINE_BYTES = 1 << 20
 """A line longer than this is a file in another format, and is not read into memory to find that out."""
 
 _PARQUET_BATCH_ROWS = 1 << 16
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d{1,3})?", re.ASCII)
+_NO_NUMBER = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _ISO_8601 = re.compile(
     r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?\s?(Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII
 )
@@ -49,6 +55,7 @@ _FIRST_SECOND = -62135596800.0  # of the year 1
 
 _Record: TypeAlias = Mapping[str, Any]
 _Numbered: TypeAlias = tuple[int, _Record]
+_Stray: TypeAlias = tuple[int, str]
 
 
 class Place(NamedTuple):
@@ -210,8 +217,10 @@ def parse_timestamp(value: object) -> float:
         except ValueError:
             raise InvalidInputError(
                 f"timestamp {value!r:.80} is neither seconds since 1970 nor ISO-8601; write 1700000000 or "
-                "2023-11-14T22:13:20Z"
+                "2023-11-14T22:13:20Z (pandas.to_datetime(column).dt.strftime('%Y-%m-%dT%H:%M:%SZ') converts dates)"
             ) from None
+    if not math.isfinite(seconds):
+        raise InvalidInputError(f"timestamp {value!r:.80} is not a finite number; correct or drop the event")
     if not _FIRST_SECOND <= seconds <= _LAST_SECOND:
         raise InvalidInputError(f"timestamp {value!r:.80} is not a time in seconds; divide milliseconds by 1000")
     return seconds
@@ -276,10 +285,11 @@ def parse_record(text: str, required: tuple[str, ...] = BEHAVIOR_KEYS) -> dict[s
         raise InvalidInputError(f"{text.strip()!r:.80} is not JSON ({error}); write one object a line") from None
     if not isinstance(record, dict):
         raise InvalidInputError(f"{text.strip()!r:.80} is not an object; write one {{...}} a line")
+    names = _names(record, required)
     for key in required:
-        if key not in record:
+        if key not in names:
             raise InvalidInputError(f"key {key!r} is missing from {text.strip()!r:.120}; add it")
-    return record
+    return dict(zip(names, record.values(), strict=True))
 
 
 def _id(noun: str, value: object) -> str:
@@ -297,48 +307,112 @@ def _described(path: str | Path, required: tuple[str, ...]) -> Iterator[tuple[in
     numbered = list(_records(path, required))
     if not numbered:
         raise InvalidInputError(f"{_name(path)} holds no lines; put at least one below the header")
-    types = _column_types(numbered, required) if Path(path).suffix == ".csv" else {}
+    types = _column_types(path, numbered, required) if Path(path).suffix == ".csv" else {}
+    seen: dict[str, tuple[int, AttributeValue]] = {}
     for line, record in numbered:
         attributes: dict[str, AttributeValue] = {}
         for name, value in record.items():
             if name in required or value is None or value == "":
                 continue
             try:
-                attributes[name] = types[name](value) if name in types else _typed(name, value)
+                attributes[name] = types[name](name, value) if name in types else _typed(name, value)
+                _require_alike(name, attributes[name], *seen.setdefault(name, (line, attributes[name])))
             except InvalidInputError as error:
                 _refuse(path, line, str(error))
         yield line, record, attributes
 
 
-def _column_types(numbered: list[_Numbered], required: tuple[str, ...]) -> dict[str, Callable[[str], AttributeValue]]:
-    types: dict[str, Callable[[str], AttributeValue]] = {}
+def _column_types(
+    path: str | Path, numbered: list[_Numbered], required: tuple[str, ...]
+) -> dict[str, Callable[[str, str], AttributeValue]]:
+    types: dict[str, Callable[[str, str], AttributeValue]] = {}
     for name in numbered[0][1]:
         if name in required:
             continue
-        values = [record[name] for _, record in numbered if record[name]]
-        if any("|" in value for value in values):
+        values = [(line, record[name]) for line, record in numbered if record[name]]
+        others = [(line, value) for line, value in values if not _NUMBER.fullmatch(value)]
+        if any("|" in value for _, value in values):
             types[name] = _split
-        elif values and all(_NUMBER.fullmatch(value) for value in values):
-            types[name] = int if all(value.lstrip("-").isdigit() for value in values) else float
+        elif values and not others:
+            types[name] = _whole if all(value.lstrip("-").isdigit() for _, value in values) else _decimal
         else:
-            types[name] = str
+            types[name] = _text
+            _check_strays(path, name, others, len(values))
     return types
 
 
-def _split(value: str) -> tuple[str, ...]:
+def _check_strays(path: str | Path, name: str, others: list[_Stray], count: int) -> None:
+    """Refuses ``nan`` and the like in a column of numbers; tells of texts in one, for they may be meant.
+
+    A code with a leading zero is meant: nobody writes a number so.
+    """
+    texts = [(line, value) for line, value in others if not _NO_NUMBER.fullmatch(value.strip())]
+    if texts and len(texts) >= count / 2:
+        return
+    for line, value in others:
+        if _NO_NUMBER.fullmatch(value.strip()):
+            _refuse(path, line, f"{name} {value!r:.80} is not a finite number; correct it or leave the cell empty")
+    if not any(value[0] == "0" and value.isdigit() for _, value in texts):
+        line, value = texts[0]
+        console.print(
+            f"{_name(path)}, line {line}: {name} {value!r:.80} is not a number, but {count - len(texts)} of {count} "
+            f"values of {name} are; the whole column is read as text",
+            soft_wrap=True,
+        )
+
+
+def _split(_: str, value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split("|") if part.strip())
+
+
+def _text(_: str, value: str) -> str:
+    return value
+
+
+def _whole(name: str, value: str) -> int:
+    # Python refuses to read integers of thousands of digits, and no float holds one of more than 309.
+    _decimal(name, value)
+    return int(value)
+
+
+def _decimal(name: str, value: str) -> float:
+    return _finite(name, value, float(value))
+
+
+def _finite(name: str, value: object, number: float) -> float:
+    if not math.isfinite(number):
+        raise InvalidInputError(f"{name} {value!r:.80} is not a finite number; correct it or leave it out")
+    return number
 
 
 def _typed(name: str, value: object) -> AttributeValue:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str | int) or (isinstance(value, float) and value - value == 0):
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        try:
+            _finite(name, value, float(value))
+        except OverflowError:
+            raise InvalidInputError(f"{name} {str(value)[:80]}... is not a number that fits; correct it") from None
         return value
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return tuple(value)
     if isinstance(value, datetime.date):
         return value.isoformat()
     raise InvalidInputError(f"{name} {value!r:.80} is not an attribute; write a text, a number or a list of texts")
+
+
+def _require_alike(name: str, value: AttributeValue, line: int, first: AttributeValue) -> None:
+    if isinstance(value, int | float) != isinstance(first, int | float):
+        raise InvalidInputError(
+            f"{name} {value!r:.80} is a {_kind(value)}, but {first!r:.80} in line {line} is a {_kind(first)}; write "
+            "one kind in all lines"
+        )
+
+
+def _kind(value: AttributeValue) -> str:
+    return "number" if isinstance(value, int | float) else "text" if isinstance(value, str) else "list of texts"
 
 
 class _Reached:
@@ -433,7 +507,7 @@ class _Lines:
 def _csv_records(lines: _Lines, path: str | Path, required: tuple[str, ...]) -> Iterator[_Numbered]:
     rows = csv.reader(lines, strict=True)
     try:
-        header = [column.strip() for column in next(rows, [])]
+        header = _names([column.strip() for column in next(rows, [])], required)
         _require_columns(header, path, required)
         repeated = {column for column in header if header.count(column) > 1}
         if repeated:
@@ -458,9 +532,16 @@ def _require_columns(found: Iterable[str], path: str | Path, required: tuple[str
     missing = [column for column in required if column not in names]
     if missing:
         listed = ", ".join(map(repr, names))
-        _refuse(
-            path, 1, f"column {missing[0]!r} is missing, there are {listed:.200}; name the columns {','.join(required)}"
-        )
+        mark = next((mark for mark in ";\t|" if mark in "".join(names)), "")
+        fix = f"separate values by commas, not by {mark!r}" if mark else f"name the columns {','.join(required)}"
+        _refuse(path, 1, f"column {missing[0]!r} is missing, there are {listed:.200}; {fix}")
+
+
+def _names(found: Iterable[str], required: tuple[str, ...]) -> list[str]:
+    """The columns by LIBER's names, a synonym for its own where that is missing."""
+    names = list(found)
+    own = {SYNONYMS[name]: name for name in required if name in SYNONYMS and name not in names}
+    return [own.get(name, name) for name in names]
 
 
 def _json_records(lines: _Lines, path: str | Path, required: tuple[str, ...]) -> Iterator[_Numbered]:
@@ -477,7 +558,10 @@ def _json_records(lines: _Lines, path: str | Path, required: tuple[str, ...]) ->
 
 def _parquet_records(path: Path, required: tuple[str, ...], reached: _Reached) -> Iterator[_Numbered]:
     with _parquet(path) as (polars, table):
-        _require_columns(table.collect_schema().names(), path, required)
+        columns = table.collect_schema().names()
+        names = _names(columns, required)
+        _require_columns(names, path, required)
+        table = table.rename(dict(zip(columns, names, strict=True)))
         rows = table.select(polars.len()).collect().item()
         for start in range(reached.offset, rows, _PARQUET_BATCH_ROWS):
             batch = table.slice(start, _PARQUET_BATCH_ROWS).collect()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -46,15 +47,18 @@ class Field(pydantic.BaseModel, frozen=True):
         return {value: index for index, value in enumerate(self.values, start=1)}
 
     def indices(self, value: AttributeValue | None) -> list[int]:
-        """`width` indices for one value; categories beyond the width are dropped, missing ones are 0."""
+        """`width` indices for one value; categories beyond the width are dropped, missing ones are 0.
+
+        A value of the wrong type is an unknown one, and so is a number that is not finite.
+        """
         if value is None:
             return [0] * self.width
         if self.kind == "number":
             try:
                 number = float(value)  # type: ignore[arg-type]
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 return [0]
-            return [0] if number != number else [1 + bisect.bisect_right(self.boundaries, number)]
+            return [1 + bisect.bisect_right(self.boundaries, number)] if math.isfinite(number) else [0]
         values = value if isinstance(value, tuple) else (str(value),)
         if self.kind == "category":
             return [self._index.get(" ".join(values), 0)]

@@ -25,6 +25,9 @@ class Dataset:
         ordered: whether the behaviors are in the order they arrived in, which then is kept whatever their times say.
         cuts: by user id the sizes of the partitions of users whose memory lost behaviors after it was cut: the
             partition condition would cut what is left in other places.
+
+    Raises:
+        InvalidInputError: an attribute is a number that is not finite.
     """
 
     domain: Domain
@@ -38,6 +41,21 @@ class Dataset:
     def __post_init__(self) -> None:
         arrived = self.behaviors if self.ordered else sorted(self.behaviors, key=lambda each: each.timestamp)
         object.__setattr__(self, "behaviors", _distinct(arrived))
+        for noun, described in (
+            ("item", ((item_id, item.attributes) for item_id, item in self.items.items())),
+            ("user", self.profiles.items()),
+        ):
+            for described_id, attributes in described:
+                _require_finite(noun, described_id, attributes)
+
+
+def _require_finite(noun: str, described_id: str, attributes: Attributes) -> None:
+    for name, value in attributes.items():
+        # nan - nan and inf - inf are nan; of an int however large it is 0.
+        if isinstance(value, int | float) and value - value != 0:
+            raise InvalidInputError(
+                f"{name} {value!r} of {noun} {described_id!r:.80} is not a finite number; correct it or leave it out"
+            )
 
 
 def _distinct(behaviors: list[Behavior]) -> list[Behavior]:

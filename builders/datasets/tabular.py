@@ -14,8 +14,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from liber_runtime.behavior import AttributeValue, Behavior, Domain, Item
 from liber_runtime.behavior_log import SUFFIXES, read_behaviors, read_items, read_profiles
 from liber_runtime.domain import DOMAIN_FILE, DomainFile, read_domain_file
 from liber_runtime.exceptions import InvalidInputError
+from liber_runtime.progress import console
 
 _REPEATS = 2.0
 """A text attribute is one to tell tastes by if its values stand for at least this many items each, on average."""
@@ -33,7 +35,8 @@ def load_directory(directory: Path) -> Dataset:
     """Reads ``behaviors.*``, ``items.*`` and, where they are there, ``users.*`` and ``domain.json``.
 
     Raises:
-        InvalidInputError: a table is missing, there twice, or broken; or the description does not fit the data.
+        InvalidInputError: a table is missing, there twice, or broken; a table describes no item or user of the log;
+            every feedback or every timestamp is the same; or the description does not fit the data.
         ConfigurationError: Parquet without the ``parquet`` extra.
     """
     tables = {stem: find_table(directory, stem) for stem in ("behaviors", "items", "users")}
@@ -44,6 +47,9 @@ def load_directory(directory: Path) -> Dataset:
     behaviors = list(read_behaviors(log))
     items = {item.item_id: item for item in read_items(catalogue)}
     profiles = read_profiles(users) if users is not None else {}
+    _require_known(log, [behavior.item_id for behavior in behaviors], catalogue, items, "item")
+    if users is not None:
+        _require_known(log, [behavior.user_id for behavior in behaviors], users, profiles, "user")
     description = directory / DOMAIN_FILE
     given = read_domain_file(description) if description.exists() else DomainFile()
     domain = _describe(directory.resolve().name, behaviors, items, given)
@@ -54,7 +60,7 @@ def load_file(path: Path) -> Dataset:
     """Reads a behavior log alone; every item is then titled by its id.
 
     Raises:
-        InvalidInputError: the log is broken, or all its feedback is the same.
+        InvalidInputError: the log is broken, or all its feedback or all its timestamps are the same.
         ConfigurationError: Parquet without the ``parquet`` extra.
     """
     behaviors = list(read_behaviors(path))
@@ -74,8 +80,30 @@ def find_table(directory: Path, stem: str) -> Path | None:
     return found[0] if found else None
 
 
+def _require_known(log: Path, named: Iterable[str], table: Path, known: Container[str], noun: str) -> None:
+    """Refuses a table that describes nothing of the log, and tells of items that have no title.
+
+    A log may name users and items that no table has; one that names no other has its ids written in another way.
+    """
+    ids = dict.fromkeys(named)
+    missing = [each for each in ids if each not in known]
+    if len(missing) == len(ids):
+        raise InvalidInputError(
+            f"{table}: none of the {len(ids)} {noun}s of {log} is in it, e.g. {missing[0]!r:.80}; write the ids alike "
+            "in both ('1' is not '1.0')"
+        )
+    if missing and noun == "item":
+        console.print(
+            f"{len(missing)} of the {len(ids)} items of {log} are not in {table}, e.g. {missing[0]!r:.80}: they have "
+            "no title and no attributes",
+            soft_wrap=True,
+        )
+
+
 def _describe(name: str, behaviors: list[Behavior], items: dict[str, Item], given: DomainFile) -> Domain:
     attributes = _attributes(items.values())
+    _require_times(behaviors)
+    _require_described(items, attributes, given)
     low, high = given.feedback_range or _range(behaviors)
     defaults: dict[str, Any] = {
         "name": name,
@@ -95,6 +123,35 @@ def _describe(name: str, behaviors: list[Behavior], items: dict[str, Item], give
             f"[{low:g}, {high:g}] of {DOMAIN_FILE}; correct one of them"
         )
     return domain
+
+
+def _require_times(behaviors: list[Behavior]) -> None:
+    first = behaviors[0].timestamp
+    if len(behaviors) > 1 and all(behavior.timestamp == first for behavior in behaviors):
+        raise InvalidInputError(
+            f"every timestamp is {first:g}, so there is no past to learn from and no future to test on; write when "
+            "each behavior was"
+        )
+
+
+def _require_described(items: dict[str, Item], attributes: dict[str, list[AttributeValue]], given: DomainFile) -> None:
+    """Whether the attributes that the description names are there and can be what it says."""
+    there = ", ".join(attributes) or "none"
+    for key, name in (("group_attribute", given.group_attribute), ("period_attribute", given.period_attribute)):
+        if name and name not in attributes:
+            raise InvalidInputError(
+                f"{key} {name!r} of {DOMAIN_FILE} is no attribute of the items, there are {there:.200}; name one of "
+                'them or "" for none'
+            )
+    if given.period_attribute and not _is_numeric(attributes[given.period_attribute]):
+        name = given.period_attribute
+        values = {item.item_id: item.attributes[name] for item in items.values() if name in item.attributes}
+        # In CSV one text makes a column of texts: name the one that did.
+        item_id = next((item_id for item_id, value in values.items() if not _looks_numeric(value)), next(iter(values)))
+        raise InvalidInputError(
+            f"period_attribute {name!r} of {DOMAIN_FILE} is {values[item_id]!r:.80} for item {item_id!r:.80}, not a "
+            'number; correct the table, or write "" for none'
+        )
 
 
 def _range(behaviors: list[Behavior]) -> tuple[float, float]:
@@ -125,6 +182,13 @@ def _group_attribute(attributes: dict[str, list[AttributeValue]]) -> str:
     }
     candidates = multiple or texts
     return max(candidates, key=lambda name: len(candidates[name]), default="")
+
+
+def _looks_numeric(value: AttributeValue) -> bool:
+    try:
+        return math.isfinite(float(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_numeric(values: list[AttributeValue]) -> bool:

@@ -109,7 +109,10 @@ HEADER = "user,item,timestamp,feedback,event_id\n"
     ("content", "line", "named"),
     [
         ("user,item,time,feedback\n", 1, "column 'timestamp' is missing"),
-        ("user;item;timestamp;feedback\n", 1, "'user;item;timestamp;feedback'"),
+        ("user;item;timestamp;feedback\n", 1, "'user;item;timestamp;feedback'; separate values by commas, not by ';'"),
+        ("user\titem\ttimestamp\tfeedback\n", 1, "separate values by commas, not by '\\t'"),
+        ("user,user_id,item,timestamp\n", 1, "column 'feedback' is missing"),
+        ("user_id,user_id,item,timestamp,rating\n", 1, "column 'user' appears twice"),
         ("user,item,timestamp,feedback,user\n", 1, "column 'user' appears twice"),
         (HEADER + "a,b,1\n", 2, "3 values"),
         (HEADER + "a,b,1,4,,9\n", 2, "6 values"),
@@ -121,6 +124,11 @@ HEADER = "user,item,timestamp,feedback,event_id\n"
         (HEADER + "a,b,1,nan,\n", 2, "feedback nan"),
         (HEADER + "a,b,yesterday,4,\n", 2, "timestamp 'yesterday'"),
         (HEADER + "a,b,2023-02-30,4,\n", 2, "timestamp '2023-02-30'"),
+        (HEADER + "a,b,14/11/2023,4,\n", 2, "timestamp '14/11/2023' is neither"),
+        (HEADER + "a,b,14/11/2023,4,\n", 2, "pandas.to_datetime"),
+        (HEADER + "a,b,nan,4,\n", 2, "timestamp 'nan' is not a finite number; correct or drop the event"),
+        (HEADER + "a,b,-inf,4,\n", 2, "timestamp '-inf' is not a finite number"),
+        (HEADER + "a,b,,4,\n", 2, "timestamp ''"),
         (HEADER + "a,b,1700000000000,4,\n", 2, "divide milliseconds by 1000"),
         (HEADER + 'a,"b,1,4,\n', 2, "not CSV"),
         (HEADER + "a,b\x01,1,4,\n", 2, "control character"),
@@ -145,6 +153,7 @@ def test_a_broken_csv_line_is_named(content: str | bytes, line: int, named: str,
         ('{"user": "a", "item": "b", "timestamp": 1, "feedback": true}', "feedback True"),
         ('{"user": "a", "item": "b", "timestamp": 1, "feedback": null}', "feedback None"),
         ('{"user": "a", "item": "b", "timestamp": [], "feedback": 1}', "timestamp []"),
+        ('{"user": "a", "item": "b", "timestamp": NaN, "feedback": 1}', "timestamp nan is not a finite number"),
         ('{"user": 1.5, "item": "b", "timestamp": 1, "feedback": 1}', "user id 1.5 is a float"),
         ('{"user": "a", "item": "\\ud800", "timestamp": 1, "feedback": 1}', "not valid UTF-8"),
         ('{"user": "a", "item": "b", "timestamp": 1, "feedback": 1, "event_id": {}}', "event id {}"),
@@ -241,6 +250,26 @@ def test_item_columns_are_typed_by_all_their_values(tmp_path: Path) -> None:
     ]
 
 
+def test_synonyms_stand_for_columns_that_are_missing(tmp_path: Path) -> None:
+    csv = write(tmp_path / "log.csv", CSV.replace("user,item", "user_id,item_id").replace("feedback", "rating"))
+    named = [
+        {"user_id": row["user"], "item": row["item"], "timestamp": row["timestamp"], "rating": row["feedback"]}
+        for row in ROWS
+    ]
+    named[1]["event_id"] = "e7"
+    lines = write(tmp_path / "log.jsonl", "\n".join(map(json.dumps, named)))
+    parquet = tmp_path / "log.parquet"
+    polars.DataFrame(named, infer_schema_length=None).write_parquet(parquet)
+    assert list(read_behaviors(csv)) == list(read_behaviors(lines)) == list(read_behaviors(parquet)) == BEHAVIORS
+    # Beside the column itself, a synonym is any other column.
+    both = write(tmp_path / "both.csv", "user,item,timestamp,feedback,rating\nann,i1,1700000000,4,x\n")
+    assert list(read_behaviors(both)) == BEHAVIORS[:1]
+    assert read_items(write(tmp_path / "items.csv", "item_id,title,rating\ni1,One,3\n")) == [
+        Item("i1", "One", {"rating": 3})
+    ]
+    assert read_profiles(write(tmp_path / "users.csv", "user_id,age\nann,39\n")) == {"ann": {"age": 39}}
+
+
 def test_item_tables_in_json_lines_and_parquet_carry_their_types(tmp_path: Path) -> None:
     rows = [
         {"item": "i1", "title": "One", "genres": ["Drama", "War"], "year": 1994, "new": True},
@@ -264,6 +293,14 @@ def test_item_tables_in_json_lines_and_parquet_carry_their_types(tmp_path: Path)
         ("item,title\ni1,\n", "line 2: title ''"),
         ("item,title\n,One\n", "line 2: item id is missing"),
         ("item,title\n", "holds no lines"),
+        ("movie,title\ni1,One\n", "line 1: column 'item' is missing, there are 'movie', 'title'"),
+        (
+            "item,title,year\ni1,One,1990\ni2,Two,nan\n",
+            "line 3: year 'nan' is not a finite number; correct it or leave",
+        ),
+        ("item,title,year\ni1,One,-inf\ni2,Two,1.5\n", "line 2: year '-inf' is not a finite number"),
+        ("item,title,year\ni1,One,1990\ni2,Two,1e999\n", "line 3: year '1e999' is not a finite number"),
+        (f"item,title,year\ni1,One,1990\ni2,Two,{'9' * 5000}\n", "line 3: year '9+ is not a finite number"),
     ],
 )
 def test_a_broken_item_table_is_named(content: str, named: str, tmp_path: Path) -> None:
@@ -271,10 +308,54 @@ def test_a_broken_item_table_is_named(content: str, named: str, tmp_path: Path) 
         read_items(write(tmp_path / "items.csv", content))
 
 
-def test_an_attribute_of_an_unknown_type_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "items.jsonl", '{"item": "i1", "title": "One", "cast": {"a": 1}}')
-    with pytest.raises(InvalidInputError, match=r"line 1: cast \{'a': 1\} is not an attribute"):
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ('{"a": 1}', r"line 2: cast \{'a': 1\} is not an attribute"),
+        ("[1, 2]", r"line 2: cast \[1, 2\] is not an attribute"),
+        ("NaN", "line 2: cast nan is not a finite number; correct it or leave it out"),
+        ("1e999", "line 2: cast inf is not a finite number"),
+        ("9" * 400, r"line 2: cast 9+\.\.\. is not a number that fits"),
+        ('"7"', "line 2: cast '7' is a text, but 7 in line 1 is a number; write one kind in all lines"),
+        ('["7"]', r"line 2: cast \('7',\) is a list of texts, but 7 in line 1 is a number"),
+        ("true", "line 2: cast 'true' is a text, but 7 in line 1 is a number"),
+    ],
+)
+def test_an_attribute_of_another_type_is_named(value: str, named: str, tmp_path: Path) -> None:
+    first = '{"item": "i1", "title": "One", "cast": 7}\n'
+    path = write(tmp_path / "items.jsonl", first + f'{{"item": "i2", "title": "Two", "cast": {value}}}\n')
+    with pytest.raises(InvalidInputError, match=named):
         read_items(path)
+
+
+def test_not_a_number_in_parquet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "items.parquet"
+    table = polars.DataFrame({"item": ["i1", "i2"], "title": ["One", "Two"], "year": [1990.0, float("nan")]})
+    table.write_parquet(path)
+    with pytest.raises(InvalidInputError, match="line 2: year nan is not a finite number"):
+        read_items(path)
+    table.with_columns(polars.col("year").fill_nan(None)).write_parquet(path)
+    assert [item.attributes for item in read_items(path)] == [{"year": 1990.0}, {}]
+
+
+@pytest.mark.parametrize(
+    ("years", "told"),
+    [
+        (("1990", "1991", "c. 1992"), "line 4: year 'c. 1992' is not a number, but 2 of 3 values of year are"),
+        (("1990", "soon", "c. 1992"), ""),  # a column of texts, one of which looks like a number
+        (("10115", "10117", "01067"), ""),  # codes
+        (("soon", "nan", "late"), ""),
+    ],
+)
+def test_a_text_among_numbers_makes_a_text_column_and_is_told(
+    years: tuple[str, ...], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"i{number},Title,{year}\n" for number, year in enumerate(years))
+    items = read_items(write(tmp_path / "items.csv", f"item,title,year\n{rows}"))
+    assert tuple(item.attributes["year"] for item in items) == years
+    said = capsys.readouterr().err
+    assert told in said
+    assert bool(said) == bool(told)
 
 
 def test_profiles_are_typed_and_listed_once(tmp_path: Path) -> None:

@@ -171,6 +171,15 @@ def test_domain_json_overrides_what_is_derived(tmp_path: Path) -> None:
         ('{"feedback_range": [0]}', "feedback_range"),
         ('{"feedback_range": [0, 4]}', "feedback 5 of user 'a' lies outside"),
         ('{"positive_above": 7}', "positive_above 7.0"),
+        (
+            '{"group_attribute": "genre"}',
+            "group_attribute 'genre' of domain.json is no attribute of the items, there are",
+        ),
+        ('{"period_attribute": "decade"}', "period_attribute 'decade' of domain.json is no attribute of the items"),
+        (
+            '{"period_attribute": "brand"}',
+            "period_attribute 'brand' of domain.json is 'Acme' for item 'x', not a number",
+        ),
     ],
 )
 def test_a_description_that_does_not_fit_is_named(description: str, named: str, tmp_path: Path) -> None:
@@ -199,6 +208,52 @@ def test_what_is_not_a_data_set_is_named(tmp_path: Path) -> None:
     write_tables(tmp_path, items_csv=ITEMS, items_jsonl="")
     with pytest.raises(InvalidInputError, match="both there"):
         load(tmp_path)
+
+
+def test_a_period_that_is_text_names_the_item_that_made_it_so(tmp_path: Path) -> None:
+    items = ITEMS + "z,Zed,Red,Acme,1990s\n"
+    write_tables(tmp_path, behaviors_csv=LOG, items_csv=items, domain_json='{"period_attribute": "year"}')
+    with pytest.raises(InvalidInputError, match=r"period_attribute 'year' of domain\.json is '1990s' for item 'z'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "content", "named"),
+    [
+        ("items", "item,title\nx.0,Ex\ny.0,Why\n", "items.csv: none of the 3 items of"),
+        ("users", "user,age\n1,30\n2,31\n", "users.csv: none of the 2 users of"),
+    ],
+)
+def test_a_table_of_other_ids_than_the_log_is_refused(table: str, content: str, named: str, tmp_path: Path) -> None:
+    write_tables(tmp_path, behaviors_csv=LOG, **{"items_csv": ITEMS, f"{table}_csv": content})
+    with pytest.raises(
+        InvalidInputError, match=rf"{named} .*behaviors.csv is in it, e\.g\. '[ax]'; write the ids alike"
+    ):
+        load(tmp_path)
+
+
+def test_items_of_the_log_that_the_table_lacks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = load(write_tables(tmp_path, behaviors_csv=LOG, items_csv=ITEMS))
+    assert sorted(dataset.items) == ["x", "y"]
+    log, table = tmp_path / "behaviors.csv", tmp_path / "items.csv"
+    assert capsys.readouterr().err == (
+        f"1 of the 3 items of {log} are not in {table}, e.g. 'z': they have no title and no attributes\n"
+    )
+
+
+def test_a_log_of_ratings_under_their_usual_names_is_read(tmp_path: Path) -> None:
+    log = "user_id,item_id,rating,timestamp\na,x,5,3\nb,y,1,1\n"
+    write_tables(tmp_path, behaviors_csv=log, items_csv=ITEMS.replace("item,", "item_id,"))
+    assert [(each.user_id, each.item_id, each.feedback) for each in load(tmp_path).behaviors] == [
+        ("b", "y", 1.0),
+        ("a", "x", 5.0),
+    ]
+
+
+def test_a_log_at_one_moment_is_refused(tmp_path: Path) -> None:
+    write_tables(tmp_path, clicks_csv="user,item,timestamp,feedback\na,x,7,1\nb,x,7,5\n")
+    with pytest.raises(InvalidInputError, match=r"every timestamp is 7, so there is no past .*; write when each"):
+        load(tmp_path / "clicks.csv")
 
 
 def test_a_log_with_one_feedback_value_is_refused(tmp_path: Path) -> None:

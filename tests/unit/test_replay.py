@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 import numpy as np
 import pytest
@@ -145,14 +146,14 @@ def test_a_partition_under_a_time_condition_is_complete_when_the_next_behavior_a
 
 
 def test_split_is_by_global_time_and_disjoint() -> None:
-    samples = replay(dataset_of([(n % 2, n % 4, 1 + 4 * (n // 2 % 2), n) for n in range(240)]), Count(20))
+    samples = replay(dataset_of([(n % 2, n % 4, 1 + 4 * (n // 2 % 2), n) for n in range(300)]), Count(20))
     parts = split(samples)
-    assert (len(parts.train), len(parts.validation), len(parts.test)) == (162, 18, 20)
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (210, 24, 26)
     everything = np.concatenate([parts.train, parts.validation, parts.test])
-    assert everything.tolist() == list(range(200))
-    assert np.array_equal(parts.training_part, everything[:180])
+    assert everything.tolist() == list(range(260))
+    assert np.array_equal(parts.training_part, everything[:234])
     before_test = samples.partitions_before(int(parts.test[0]))
-    assert before_test.sum() == 10
+    assert before_test.sum() == 12
 
 
 def test_no_eligible_user_is_named() -> None:
@@ -162,15 +163,30 @@ def test_no_eligible_user_is_named() -> None:
         replay(dataset_of([]), Count(20))
 
 
-def test_parts_with_one_label_or_none_are_named() -> None:
-    one_sided = replay(
-        dataset_of([(0, 0, 5 if n < 90 else 1 + 4 * (n % 2), n) for n in range(100)]), Count(5), minimum=0
-    )
-    with pytest.raises(InvalidInputError, match=r"the train part of 100 samples .* 81, all labelled 1"):
-        split(one_sided)
-    small = replay(dataset_of([(0, 0, 1 + 4 * (n % 2), n) for n in range(5)]), Count(5), minimum=0)
-    with pytest.raises(InvalidInputError, match=r"the validation part of 5 samples .* 1, all labelled 1"):
-        split(small)
+@pytest.mark.parametrize(
+    ("count", "alike", "named"),
+    [
+        (500, range(405), "the train part of 500 samples has 405 of label 1 and 0 of label 0, and needs 10 of each"),
+        (500, range(405, 450), "the validation part of 500 samples has 45 of label 1 and 0 of label 0"),
+        (500, range(450, 500), "the test part of 500 samples has 50 of label 1 and 0 of label 0"),
+        (500, range(414, 450), "the validation part of 500 samples has 41 of label 1 and 4 of label 0"),
+        (30, (), "the validation part of 30 samples has 1 of label 1 and 2 of label 0"),
+        (5, (), "the train part of 5 samples has 1 of label 1 and 2 of label 0"),
+    ],
+)
+def test_parts_with_too_few_of_a_label_are_named(count: int, alike: Collection[int], named: str) -> None:
+    events = [(0, 0, 5 if n in alike else 1 + 4 * (n % 2), n) for n in range(count)]
+    samples = replay(dataset_of(events), Count(5), minimum=0)
+    with pytest.raises(InvalidInputError, match=f"{named}.*bring a longer log"):
+        split(samples)
+
+
+def test_users_without_a_sample_are_kept_and_change_nothing() -> None:
+    events = [(n % 2, n % 4, 1 + 4 * (n // 2 % 2), n) for n in range(300)]
+    without, with_them = replay(dataset_of(events), Count(20)), replay(dataset_of([*events, (7, 1, 5, 150)]), Count(20))
+    assert len(with_them) == len(without)
+    assert with_them.user_ids == (*without.user_ids, "u7")
+    assert with_them.label.tolist() == without.label.tolist()
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])

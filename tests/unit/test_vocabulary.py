@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -7,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import vocabulary as builder
 from builders.datasets import Dataset, sample
 from builders.vocabulary import fit
-from liber_runtime.behavior import Attributes, Behavior, Item
+from liber_runtime.behavior import Attributes, AttributeValue, Behavior, Item
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.vocabulary import Field, Vocabulary
 
@@ -140,11 +141,78 @@ def test_many_numbers_are_spread_evenly() -> None:
     assert max(used.values()) - min(used.values()) <= 1
 
 
-def test_numbers_that_are_none_are_left_out() -> None:
-    dataset = dataset_of([{"size": math.nan}, {"size": 1.0}, {"size": math.inf}, {"size": 3.0}])
-    made = fit(dataset, dataset.behaviors)
-    assert made.vocabulary.item_fields[0].boundaries == (2.0,)
-    assert made.item_table[:, 1].tolist() == [0, 0, 1, 2, 2]
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_are_refused(number: float) -> None:
+    with pytest.raises(
+        InvalidInputError, match=rf"size {number!r} of item 'i1' is not a finite number; .*leave it out"
+    ):
+        dataset_of([{"size": 1.0}, {"size": number}])
+    with pytest.raises(InvalidInputError, match=rf"age {number!r} of user 'ann' is not a finite number"):
+        dataset_of([{}], {"ann": {"age": number}})
+
+
+values = st.one_of(
+    st.none(),
+    st.text(max_size=5),
+    st.integers(),
+    st.floats(),
+    st.just(10**400),
+    st.lists(st.sampled_from(["de", "en", "fr", "?"]), max_size=5).map(tuple),
+)
+fields = st.one_of(
+    st.builds(Field, name=st.just("f"), kind=st.just("number"), boundaries=st.just((0.0, 10.0))),
+    st.builds(Field, name=st.just("f"), kind=st.just("category"), values=st.just(("de", "de en", "1990"))),
+    st.builds(
+        Field,
+        name=st.just("f"),
+        kind=st.just("categories"),
+        values=st.just(("de", "en", "fr")),
+        width=st.integers(1, 3),
+    ),
+)
+
+
+@given(fields, values)
+@settings(max_examples=50)
+def test_whatever_a_profile_holds_is_an_index_that_was_trained(field: Field, value: AttributeValue | None) -> None:
+    """A value of the wrong type, or no number, is an unknown one and no error: scoring never fails for a profile."""
+    indices = field.indices(value)
+    assert len(indices) == field.width
+    assert all(0 <= index < field.size for index in indices)
+    if field.kind == "number" and isinstance(value, float) and not math.isfinite(value):
+        assert indices == [0]
+
+
+typed = st.one_of(
+    st.lists(st.integers(-100, 100), min_size=6, max_size=30),
+    st.lists(st.floats(-1e6, 1e6), min_size=6, max_size=30),
+    st.lists(st.sampled_from(["a", "b", "c d"]), min_size=6, max_size=30),
+    st.lists(st.lists(st.sampled_from(["a", "b", "c"]), max_size=4).map(tuple), min_size=6, max_size=30),
+)
+
+
+@given(typed)
+def test_training_and_serving_read_an_attribute_alike(column: list[AttributeValue]) -> None:
+    """What the table of the training holds is what a bundle's vocabulary, back from its file, says of each value."""
+    profiles: dict[str, Attributes] = {f"u{number}": {"f": value} for number, value in enumerate(column)}
+    dataset = dataset_of([{"f": value} for value in column], profiles, seen=[0] * len(column))
+    made = fit(dataset, dataset.behaviors, minimum_category=2)
+    served = Vocabulary.model_validate_json(made.vocabulary.model_dump_json())
+    assert served == made.vocabulary
+    for row, value in enumerate(column, start=1):
+        for field in served.item_fields:
+            assert made.item_table[row, 1:].tolist() == field.indices(value)
+        # As a store gives it back: through JSON, where a tuple is a list until it is read.
+        kept = json.loads(json.dumps({"f": value}))
+        profile = {name: tuple(each) if isinstance(each, list) else each for name, each in kept.items()}
+        assert served.profile_indices(profile) == made.vocabulary.profile_indices({"f": value})
+    # Each value that is frequent enough has an index of its own kind, the unknown one has none.
+    for field in served.user_fields:
+        joined = Counter(" ".join(value) if isinstance(value, tuple) else value for value in column)
+        for value in column:
+            count = joined[" ".join(value) if isinstance(value, tuple) else value]
+            known = field.kind == "number" or count >= 2
+            assert (field.indices(value) != [0]) == known
 
 
 @pytest.mark.parametrize(("distinct", "buckets"), [(2, 2), (5, 5), (20, 20), (21, 10), (500, 10)])
