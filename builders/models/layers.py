@@ -29,6 +29,24 @@ def sequence_mask(length: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=length.device, dtype=length.dtype)[:, None] < length
 
 
+def newest_steps(rows: Tensor, length: Tensor, steps: int) -> Tensor:
+    """The newest steps of post-padded histories, post-padded with 0 again.
+
+    Args:
+        rows: int[U, T], oldest first.
+        length: int[U], real steps.
+        steps: how many to keep, S.
+
+    Returns:
+        int[U, S]; `rows` itself if T is not more than S.
+    """
+    if rows.shape[1] <= steps:
+        return rows
+    place = (length - steps).clamp(min=0)[:, None] + torch.arange(steps, device=rows.device, dtype=length.dtype)
+    kept: Tensor = rows.gather(1, place.long().clamp(max=rows.shape[1] - 1))
+    return kept * (place < length[:, None])
+
+
 def masked_softmax(scores: Tensor, mask: Tensor, dim: int) -> Tensor:
     """Softmax over the entries of `dim` where `mask` is True; 0 elsewhere, and 0 everywhere if none is.
 
@@ -200,30 +218,283 @@ class InterestAttention(nn.Module):
         return scores.squeeze(-1)
 
 
-class FoldedMLP(nn.Module):
-    """MLP over [user features, candidate features] whose first layer reads the user features once per user.
+def attention_pooling(
+    scores: Tensor, steps: Tensor, mask: Tensor, user_index: Tensor | None = None, *, softmax: bool
+) -> Tensor:
+    r"""Sum of a user's steps, weighted for a candidate (DIN, https://arxiv.org/abs/1706.06978, Eq. 3).
+
+    .. math::
+        v = \sum_t a_t e_t
 
     Args:
-        user_size: size of the features of a user; 0 if there are none.
-        candidate_size: size of the features of a candidate (with the user).
+        scores: float[T, N], of `InterestAttention`.
+        steps: float[T, U, H].
+        mask: bool[T, U], True for real steps; the others do not matter.
+        user_index: int[N], or None if N = U in order.
+        softmax: whether :math:`a` is the softmax of the scores, or the scores as they are (DIN, section 4.3).
+
+    Returns:
+        float[N, H]; zeros where there is no real step.
+    """
+    real = gather_users(mask, user_index, dim=1)
+    weights = masked_softmax(scores, real, dim=0) if softmax else scores * real
+    return (weights.unsqueeze(-1) * gather_users(steps, user_index, dim=1)).sum(0)
+
+
+class CrossNet(nn.Module):
+    r"""Crosses of bounded degree, one vector of weights a layer (DCN, https://arxiv.org/abs/1708.05123, Eq. 3).
+
+    .. math::
+        x_{l+1} = x_0 x_l^T w_l + b_l + x_l
+
+    Args:
+        size: of a row.
+        num_layers: L; the degree is L + 1.
+    """
+
+    def __init__(self, size: int, num_layers: int) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(size) * (2 / (size + 1)) ** 0.5 for _ in range(num_layers))
+        self.biases = nn.ParameterList(torch.zeros(size) for _ in range(num_layers))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """float[N, size] -> float[N, size]."""
+        crossed = rows
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            crossed = rows * (crossed @ weight).unsqueeze(-1) + bias + crossed
+        return crossed
+
+
+class CrossNetV2(nn.Module):
+    r"""Crosses of bounded degree, one matrix a layer (DCN V2, https://arxiv.org/abs/2008.13535, Eq. 1 and 2).
+
+    .. math::
+        x_{l+1} = x_0 \circ (W_l x_l + b_l) + x_l, \quad W_l = U_l V_l^T \text{ if there is a rank}
+
+    Args:
+        size: of a row.
+        num_layers: L; the degree is L + 1.
+        rank: of every :math:`W_l`; None for full matrices.
+    """
+
+    def __init__(self, size: int, num_layers: int, rank: int | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(size, size)
+            if rank is None
+            else nn.Sequential(nn.Linear(size, rank, bias=False), nn.Linear(rank, size))
+            for _ in range(num_layers)
+        )
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """float[N, size] -> float[N, size]."""
+        crossed = rows
+        for layer in self.layers:
+            crossed = rows * layer(crossed) + crossed
+        return crossed
+
+
+class FactorizationMachine(nn.Module):
+    r"""Second-order term of a factorization machine (https://doi.org/10.1109/ICDM.2010.127, Eq. 1), in linear time.
+
+    .. math::
+        \sum_{i<j} v_i^T v_j = \frac12 \sum_e \Big(\big(\sum_i v_{ie}\big)^2 - \sum_i v_{ie}^2\Big)
+    """
+
+    def forward(self, fields: Tensor) -> Tensor:
+        """float[N, F, E] -> float[N]."""
+        return 0.5 * (fields.sum(1).square() - fields.square().sum(1)).sum(1)
+
+
+class CompressedInteraction(nn.Module):
+    r"""CIN: crosses of whole vectors (xDeepFM, https://arxiv.org/abs/1803.05170, Eq. 6 and the sum pooling after it).
+
+    .. math::
+        x^k_h = \sum_{i,j} W^k_{hij} (x^{k-1}_i \circ x^0_j), \quad p^k_h = \sum_e x^k_{he}
+
+    The activation is the identity, which the paper finds best. Of every layer but the last, the first
+    half of the maps goes on and only the other half is read, as in xDeepFM's implementation. What is read is a sum, and
+    with the identity the sum can be taken before the weights,
+
+    .. math::
+        p^k_h = \sum_{i,j} W^k_{hij} \langle x^{k-1}_i, x^0_j \rangle,
+
+    so only maps that go on are ever made: of two layers of one size, a quarter.
+
+    Args:
+        num_fields: F.
+        sizes: maps of each layer; even but for the last.
+
+    Attributes:
+        output_size: maps that are read.
+
+    Raises:
+        ValueError: there is no layer, or one of an odd size to be halved.
+    """
+
+    def __init__(self, num_fields: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        if not sizes or any(size % 2 for size in sizes[:-1]):
+            raise ValueError(f"sizes of the CIN are {list(sizes)}; at least one, and even but for the last, are needed")
+        self.kept = [size // 2 for size in sizes[:-1]]
+        self.output_size = sum(sizes) - sum(self.kept)
+        self.weights = nn.ParameterList()
+        for inputs, size in zip([num_fields, *self.kept], sizes, strict=True):
+            weight = nn.Parameter(torch.empty(size, inputs * num_fields))
+            nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+            self.weights.append(weight)
+
+    def forward(self, fields: Tensor) -> Tensor:
+        """float[N, F, E] -> float[N, output_size], in the order of the layers."""
+        # Fields first: the outer product then runs over rows of N * E entries, which is what a CPU likes.
+        base = fields.transpose(0, 1).flatten(1)
+        maps, read = base, []
+        for weight, kept in zip(self.weights, [*self.kept, 0], strict=True):
+            number = weight.shape[1] // fields.shape[1]
+            products = maps.reshape(number, -1, fields.shape[2]).transpose(0, 1) @ fields.transpose(1, 2)
+            read.append(products.flatten(1) @ weight[kept:].t())
+            if kept:
+                maps = weight[:kept] @ (maps.unsqueeze(1) * base).flatten(0, 1)
+        return torch.cat(read, dim=1)
+
+
+class InteractingLayer(nn.Module):
+    r"""Multi-head self-attention among fields (AutoInt, https://arxiv.org/abs/1810.11921, Eq. 5-8).
+
+    .. math::
+        \tilde v_i = \Vert_h \sum_j \mathrm{Softmax}_j\big((W^h_Q v_i)^T W^h_K v_j\big) W^h_V v_j, \quad
+        v'_i = \mathrm{ReLU}(\tilde v_i + W_R v_i)
+
+    As in the paper, the scores are not scaled.
+
+    Args:
+        size: of a field.
+        num_heads: H.
+        head_size: S.
+    """
+
+    def __init__(self, size: int, num_heads: int, head_size: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.query_key_value = nn.Linear(size, 3 * num_heads * head_size, bias=False)
+        self.residual = nn.Linear(size, num_heads * head_size, bias=False)
+
+    def forward(self, fields: Tensor) -> Tensor:
+        """float[N, F, size] -> float[N, F, H * S]."""
+        heads = self.query_key_value(fields).unflatten(2, (3, self.num_heads, self.head_size))
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
+        # Keys before queries: a softmax over anything but the last dimension is vectorised, and rows here are short.
+        attention = (key @ query.transpose(2, 3)).softmax(2)
+        attended = attention.transpose(2, 3) @ value
+        gathered: Tensor = (attended.transpose(1, 2).flatten(2) + self.residual(fields)).relu()
+        return gathered
+
+
+class SqueezeExcitation(nn.Module):
+    r"""SENET: weighs the fields by all fields' means (FiBiNET, https://arxiv.org/abs/1905.09433, "SENET Layer").
+
+    .. math::
+        z_f = \frac1E \sum_e v_{fe}, \quad a = \mathrm{ReLU}(W_2 \mathrm{ReLU}(W_1 z)), \quad v'_f = a_f v_f
+
+    Args:
+        num_fields: F.
+        reduction: the squeeze has F // reduction units, at least one.
+    """
+
+    def __init__(self, num_fields: int, reduction: int) -> None:
+        super().__init__()
+        size = max(1, num_fields // reduction)
+        self.squeeze = nn.Linear(num_fields, size, bias=False)
+        self.excite = nn.Linear(size, num_fields, bias=False)
+
+    def forward(self, fields: Tensor) -> Tensor:
+        """float[N, F, E] -> float[N, F, E]."""
+        weights = self.excite(self.squeeze(fields.mean(2)).relu()).relu()
+        weighed: Tensor = fields * weights.unsqueeze(2)
+        return weighed
+
+
+class BilinearInteraction(nn.Module):
+    r"""Every two fields in a bilinear form, entry by entry (FiBiNET, https://arxiv.org/abs/1905.09433).
+
+    .. math::
+        p_{ij} = (W_i v_i) \circ v_j, \quad i < j
+
+    A matrix for every pair, the paper's third kind, is left out: with F fields it has F / 2 times the weights.
+
+    Args:
+        num_fields: F.
+        size: E, of a field.
+        kind: ``all`` fields share one W, or ``each`` has its own.
+
+    Raises:
+        ValueError: another kind.
+    """
+
+    def __init__(self, num_fields: int, size: int, kind: str) -> None:
+        super().__init__()
+        if kind not in ("all", "each"):
+            raise ValueError(f"the kind of bilinear interaction is {kind!r}; there are 'all' and 'each'")
+        self.num_fields = num_fields
+        bound = size**-0.5
+        self.weight = nn.Parameter(torch.empty(1 if kind == "all" else num_fields - 1, size, size))
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, fields: Tensor) -> Tensor:
+        """float[N, F, E] -> float[N, F * (F - 1) / 2, E], in the order (0, 1), (0, 2), ..., (F - 2, F - 1)."""
+        mapped = (fields[:, :-1].transpose(0, 1) @ self.weight.transpose(1, 2)).unbind()
+        later = (fields[:, first:] for first in range(1, self.num_fields))
+        return torch.cat([one.unsqueeze(1) * others for one, others in zip(mapped, later, strict=True)], dim=1)
+
+
+def _after_first(hidden_sizes: Sequence[int], dropout: float) -> nn.Sequential:
+    """What follows the first linear map of an MLP, down to one logit."""
+    layers: list[nn.Module] = [nn.PReLU(), nn.Dropout(dropout)]
+    for size, next_size in itertools.pairwise(hidden_sizes):
+        layers += [nn.Linear(size, next_size), nn.PReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(hidden_sizes[-1], 1))
+
+
+class MLP(nn.Module):
+    """MLP over features of a candidate with its user, none of which depends on the user alone.
+
+    Args:
+        size: of the features.
         hidden_sizes: of the hidden layers, [200, 80] in the paper (section 4.1.3).
         dropout: after every hidden layer.
     """
 
-    def __init__(self, user_size: int, candidate_size: int, hidden_sizes: Sequence[int], dropout: float) -> None:
+    def __init__(self, size: int, hidden_sizes: Sequence[int], dropout: float) -> None:
         super().__init__()
-        self.user = nn.Linear(user_size, hidden_sizes[0], bias=False)
-        self.candidate = nn.Linear(candidate_size, hidden_sizes[0])
+        self.first = nn.Linear(size, hidden_sizes[0])
+        self.rest = _after_first(hidden_sizes, dropout)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Logits: float[N, size] -> float[N]."""
+        logits: Tensor = self.rest(self.first(rows))
+        return logits.squeeze(-1)
+
+
+class FoldedLinear(nn.Module):
+    """Linear map of [user features, candidate features] that reads the user features once per user.
+
+    Args:
+        user_size: size of the features of a user.
+        candidate_size: size of the features of a candidate (with the user).
+        out_features: size of the result.
+    """
+
+    def __init__(self, user_size: int, candidate_size: int, out_features: int) -> None:
+        super().__init__()
+        self.user = nn.Linear(user_size, out_features, bias=False)
+        self.candidate = nn.Linear(candidate_size, out_features)
         bound = (user_size + candidate_size) ** -0.5
         for weight in (self.user.weight, self.candidate.weight):
             nn.init.uniform_(weight, -bound, bound)
-        layers: list[nn.Module] = [nn.PReLU(), nn.Dropout(dropout)]
-        for size, next_size in itertools.pairwise(hidden_sizes):
-            layers += [nn.Linear(size, next_size), nn.PReLU(), nn.Dropout(dropout)]
-        self.rest = nn.Sequential(*layers, nn.Linear(hidden_sizes[-1], 1))
 
     def forward(self, user: Tensor, candidate: Tensor, user_index: Tensor | None = None) -> Tensor:
-        """Logits.
+        """The map.
 
         Args:
             user: float[U, user_size].
@@ -231,7 +502,27 @@ class FoldedMLP(nn.Module):
             user_index: int[N], or None if N = U in order.
 
         Returns:
-            float[N].
+            float[N, out_features].
         """
-        logits: Tensor = self.rest(self.candidate(candidate) + gather_users(self.user(user), user_index))
+        mapped: Tensor = self.candidate(candidate) + gather_users(self.user(user), user_index)
+        return mapped
+
+
+class FoldedMLP(FoldedLinear):
+    """MLP over [user features, candidate features] whose first layer reads the user features once per user.
+
+    Args:
+        user_size: size of the features of a user.
+        candidate_size: size of the features of a candidate (with the user).
+        hidden_sizes: of the hidden layers, [200, 80] in the paper (section 4.1.3).
+        dropout: after every hidden layer.
+    """
+
+    def __init__(self, user_size: int, candidate_size: int, hidden_sizes: Sequence[int], dropout: float) -> None:
+        super().__init__(user_size, candidate_size, hidden_sizes[0])
+        self.rest = _after_first(hidden_sizes, dropout)
+
+    def forward(self, user: Tensor, candidate: Tensor, user_index: Tensor | None = None) -> Tensor:
+        """Logits float[N]; arguments as in `FoldedLinear.forward`."""
+        logits: Tensor = self.rest(super().forward(user, candidate, user_index))
         return logits.squeeze(-1)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +11,18 @@ from torch import Tensor
 from builders.models.layers import (
     AUGRU,
     GRU,
+    MLP,
+    BilinearInteraction,
+    CompressedInteraction,
+    FactorizationMachine,
     FieldEmbedding,
+    FoldedLinear,
     FoldedMLP,
     InterestAttention,
+    attention_pooling,
     gather_users,
     masked_softmax,
+    newest_steps,
     sequence_mask,
 )
 
@@ -104,6 +113,65 @@ def test_the_mlp_reads_both_halves_as_one_layer() -> None:
     torch.testing.assert_close(layer(user, candidate, user_index), layer.rest(hidden).squeeze(-1), atol=1e-6, rtol=0)
 
 
+def test_a_folded_linear_map_is_one_linear_map() -> None:
+    layer = FoldedLinear(3, 4, 2)
+    user, candidate, user_index = torch.randn(2, 3), torch.randn(7, 4), torch.tensor([0, 1, 1, 0, 1, 0, 0])
+    weight = torch.cat((layer.user.weight, layer.candidate.weight), dim=1)
+    expected = torch.cat((user[user_index], candidate), dim=1) @ weight.T + layer.candidate.bias
+    torch.testing.assert_close(layer(user, candidate, user_index), expected, atol=1e-6, rtol=0)
+
+
+def test_an_mlp_is_a_folded_one_without_a_user() -> None:
+    layer, folded, rows = (
+        MLP(4, [6, 5], dropout=0.5).eval(),
+        FoldedMLP(3, 4, [6, 5], dropout=0.5).eval(),
+        torch.randn(7, 4),
+    )
+    folded.candidate.load_state_dict(layer.first.state_dict())
+    folded.rest.load_state_dict(layer.rest.state_dict())
+    torch.testing.assert_close(layer(rows), folded(torch.zeros(7, 3), rows), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_attention_pools_the_real_steps_of_each_candidates_user(softmax: bool) -> None:
+    scores, steps, length = torch.randn(4, 7), torch.randn(4, 3, 5), torch.tensor([4, 2, 0])
+    user_index = torch.tensor([0, 1, 2, 2, 1, 0, 1])
+    found = attention_pooling(scores, steps, sequence_mask(length, 4), user_index, softmax=softmax)
+    for row, user in enumerate(user_index.tolist()):
+        weights = scores[: length[user], row]
+        weights = weights.softmax(0) if softmax else weights
+        torch.testing.assert_close(found[row], weights @ steps[: length[user], user], atol=1e-6, rtol=0)
+
+
+def test_a_factorization_machine_sums_the_products_of_all_pairs() -> None:
+    fields = torch.randn(5, 4, 3)
+    expected = sum((fields[:, i] * fields[:, j]).sum(1) for i, j in itertools.combinations(range(4), 2))
+    torch.testing.assert_close(FactorizationMachine()(fields), expected, atol=1e-5, rtol=0)
+
+
+def test_the_cin_equals_its_equations() -> None:
+    """Eq. 6 of xDeepFM written out: every map is made, then summed."""
+    layer, fields = CompressedInteraction(4, (6, 4, 3)), torch.randn(5, 4, 3)
+    maps, read = fields, []
+    for weight, kept in zip(layer.weights, (3, 2, 0), strict=True):
+        cross = torch.einsum("hij,nie,nje->nhe", weight.unflatten(1, (-1, 4)), maps, fields)
+        maps, direct = cross[:, :kept], cross[:, kept:]
+        read.append(direct.sum(2))
+    torch.testing.assert_close(layer(fields), torch.cat(read, dim=1), atol=1e-5, rtol=0)
+    assert layer.output_size == 3 + 2 + 3
+
+
+@pytest.mark.parametrize("sizes", [(), (5, 4)])
+def test_a_cin_that_cannot_be_halved_is_refused(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"sizes of the CIN are \[.*at least one, and even but for the last"):
+        CompressedInteraction(4, sizes)
+
+
+def test_an_unknown_kind_of_bilinear_interaction_is_refused() -> None:
+    with pytest.raises(ValueError, match="'interaction'; there are 'all' and 'each'"):
+        BilinearInteraction(4, 3, "interaction")
+
+
 def test_a_multi_valued_field_is_the_mean_of_its_known_values() -> None:
     layer = FieldEmbedding(5, 4, width=3)
     rows = layer(torch.tensor([[2, 4, 0], [3, 0, 0], [0, 0, 0]]))
@@ -135,3 +203,23 @@ def test_gathering_nothing_copies_nothing() -> None:
     rows = torch.randn(3, 2)
     assert gather_users(rows, None) is rows
     torch.testing.assert_close(gather_users(rows, torch.tensor([2, 2])), rows[[2, 2]])
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6), longest=st.integers(9, 12), steps=st.integers(1, 14)
+)
+@settings(deadline=None, max_examples=100)
+def test_the_newest_steps_of_every_row_are_kept(lengths: list[int], longest: int, steps: int) -> None:
+    length = torch.tensor(lengths, dtype=torch.int32)
+    # Whatever stands in the padding: it must not come back among what is kept.
+    rows = torch.arange(1, len(lengths) * longest + 1, dtype=torch.int32).view(len(lengths), longest)
+    padded = rows * (torch.arange(longest) < length[:, None])
+    found = newest_steps(padded, length, steps)
+    assert found.dtype == torch.int32
+    if steps >= longest:
+        assert found is padded
+        return
+    torch.testing.assert_close(newest_steps(rows, length, steps), found)
+    for row, real, kept in zip(rows.tolist(), lengths, found.tolist(), strict=True):
+        newest = row[max(real - steps, 0) : real]
+        assert kept == newest + [0] * (steps - len(newest))
