@@ -1,12 +1,14 @@
-"""Trains a backbone, alone or with the fuser, on point-in-time samples; early stopping on a validation slice."""
+"""Trains a ranker, with the fuser or without, on point-in-time samples; early stopping on a validation slice."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,78 +18,86 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from builders.models.backbone import Backbone, LiberModel
-from liber_runtime.exceptions import InvalidInputError
+from builders.checkpoint import read_checkpoint, training_key, write_checkpoint
+from builders.models.backbone import Ranker
+from builders.training_data import BatchMaker, Index, TrainingData, check, gather_partitions
+from liber_runtime.exceptions import ConfigurationError, InvalidInputError
+from liber_runtime.progress import console
 
-Model: TypeAlias = Backbone | LiberModel
-Index: TypeAlias = npt.NDArray[np.int64]
+__all__ = [
+    "EpochResult",
+    "Index",
+    "Model",
+    "Progress",
+    "TrainingData",
+    "TrainingResult",
+    "TrainingSettings",
+    "evaluate",
+    "gather_partitions",
+    "predict",
+    "train",
+]
+
+Model: TypeAlias = Ranker
 Progress: TypeAlias = Callable[[int, int, int], None]
 """Called after every batch with the epoch (from 1), the samples done in it, and the samples of one epoch."""
 
-_PREDICTION_BATCH = 4096
+_PREDICTION_BATCH = {"cpu": 4096, "cuda": 32768}
+"""Samples per call by kind of device; on a CPU more would leave its cache."""
+
+_CLIPPED_NORM = 5.0
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """Samples as columns, S of them, each as the world was just before it.
-
-    Attributes:
-        item: int32[S], the candidate's index.
-        label: float32[S], 1.0 for a click.
-        history_item: int32[S, T], item indices of the user's latest behaviors, oldest first, post-padded with 0.
-        history_feedback: int32[S, T], their feedback buckets, post-padded with 0.
-        history_length: int32[S].
-        profile: int32[S, P].
-        partition_start: int64[S], row of the user's first partition in `representations`.
-        partition_count: int32[S], the user's partitions completed before the sample.
-        representations: float32[R, d], the partitions' representations, each user's in a row, oldest first.
-    """
-
-    item: npt.NDArray[np.int32]
-    label: npt.NDArray[np.float32]
-    history_item: npt.NDArray[np.int32]
-    history_feedback: npt.NDArray[np.int32]
-    history_length: npt.NDArray[np.int32]
-    profile: npt.NDArray[np.int32]
-    partition_start: npt.NDArray[np.int64]
-    partition_count: npt.NDArray[np.int32]
-    representations: npt.NDArray[np.float32]
-
-    def __post_init__(self) -> None:
-        rows = {name: len(getattr(self, name)) for name in self.__dataclass_fields__ if name != "representations"}
-        if len(set(rows.values())) != 1:
-            raise InvalidInputError(f"columns of the samples differ in length: {rows}; give each one row per sample")
-        if len(self.item) and int((self.partition_start + self.partition_count).max()) > len(self.representations):
-            raise InvalidInputError(
-                f"a sample reads partition {int((self.partition_start + self.partition_count).max())} of "
-                f"{len(self.representations)}; encode every partition before training"
-            )
+def _check_setting(name: str, value: float, lowest: float, highest: float) -> None:
+    if not lowest <= value <= highest:
+        limit = "" if highest == math.inf else f" and at most {highest:g}"
+        raise ConfigurationError(f"{name} is {value}; give at least {lowest:g}{limit}")
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train; the defaults were chosen on MovieLens-100K's validation slice.
+    """How to train; what was searched for each backbone is in `builders.hyperparameters`.
 
     Attributes:
         max_epochs: hard limit.
         patience: epochs without a better validation log loss before stopping.
-        batch_size: samples per step.
+        batch_sizes: every batch has a size drawn from these; several mix both in one epoch (paper, section 4.1.3),
+            one is the size of all.
         learning_rate: of AdamW, after a warm-up over the first tenth of an epoch.
-        weight_decay: decoupled, on all weights but biases.
+        weight_decay: decoupled, on all weights but biases and embedding tables.
+        embedding_decay: decoupled, on the embedding tables, the ids' above all: rows seen seldom shrink most, as
+            nothing pulls them back.
         auxiliary_weight: of the backbone's own loss beside the click's.
         average_decay: of the exponential moving average of the weights, per step; the average is what is validated
             and kept.
         max_partitions: newest representations of a user that are fused.
+
+    Raises:
+        ConfigurationError: a value outside its range.
     """
 
     max_epochs: int = 16
     patience: int = 2
-    batch_size: int = 1024
+    batch_sizes: tuple[int, ...] = (512, 1024)
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
+    embedding_decay: float = 1e-2
     auxiliary_weight: float = 0.1
     average_decay: float = 0.97
     max_partitions: int = 40
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes:
+            raise ConfigurationError("batch_sizes is empty; give at least one, e.g. (512, 1024)")
+        for name, lowest in (("max_epochs", 1), ("patience", 1), ("max_partitions", 1)):
+            _check_setting(name, getattr(self, name), lowest, math.inf)
+        for size in self.batch_sizes:
+            _check_setting("batch_sizes", size, 1, math.inf)
+        for name in ("weight_decay", "embedding_decay", "auxiliary_weight"):
+            _check_setting(name, getattr(self, name), 0.0, math.inf)
+        _check_setting("average_decay", self.average_decay, 0.0, 1.0)
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigurationError(f"learning_rate is {self.learning_rate}; give a positive number, e.g. 1e-3")
 
 
 @dataclass(frozen=True)
@@ -126,165 +136,241 @@ def train(
     seed: int,
     settings: TrainingSettings = TrainingSettings(),
     progress: Progress | None = None,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
 ) -> TrainingResult:
     """Trains in place; the model ends with the averaged weights of its best epoch, in evaluation mode.
 
-    The order of the samples and the dropout follow from `seed` alone: with equal initial weights, data, settings and
-    number of threads, two runs end with bit-identical weights.
+    Order and sizes of the batches and the dropout follow from `seed` alone, the batches even for any two models: with
+    equal initial weights, data, settings and number of threads, two runs on a CPU end with bit-identical weights.
 
     Args:
-        model: with its initial weights.
+        model: with its initial weights, on the CPU, where it also ends.
         data: the samples.
         train_index: int64[n], rows to learn from.
         validation_index: int64[m], rows that choose the epoch; of both labels.
         seed: of everything random in here; the caller's random state is left as it was.
         settings: see `TrainingSettings`.
         progress: see `Progress`.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for CUDA where there is one.
+        checkpoint: keeps the state after every epoch; a run that was killed and is started again with the same
+            arguments goes on from there, to the same weights. Gone at the end; that of another training is not used.
 
     Raises:
-        InvalidInputError: no samples, one label only in a slice, or a loss that is not finite.
+        InvalidInputError: no samples, one label only in a slice, data that are not finite or do not fit the model, or
+            a loss that is not finite.
+        ConfigurationError: there is no such device.
     """
+    place = _find_device(device)
     for name, index in (("training", train_index), ("validation", validation_index)):
         if len(np.unique(data.label[index])) < 2:
             raise InvalidInputError(
                 f"the {len(index)} {name} samples do not hold both labels; give a longer log or another threshold"
             )
-    with torch.random.fork_rng(devices=[]):
+    check(model, data)
+    key = training_key(model, data, train_index, validation_index, settings, seed) if checkpoint is not None else ""
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
-        epochs, best_epoch, best_state = _run_epochs(model, data, train_index, validation_index, settings, progress)
-    model.load_state_dict(best_state)
-    model.eval()
-    best = epochs[best_epoch - 1]
-    return TrainingResult(best_epoch, best.auc, best.logloss, tuple(epochs))
+        run = _Run(model.to(place), data, train_index, validation_index, settings, seed)
+        if checkpoint is not None and (kept := read_checkpoint(checkpoint, key)) is not None:
+            run.restore(kept)
+            console.print(f"training goes on after epoch {len(run.epochs)}, from {checkpoint}", soft_wrap=True)
+        while not run.is_over():
+            run.run_epoch(progress)
+            if checkpoint is not None:
+                write_checkpoint(checkpoint, key, run.state())
+    model.load_state_dict(run.best_weights)
+    model.to("cpu").eval()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    best = run.epochs[run.best_epoch - 1]
+    return TrainingResult(run.best_epoch, best.auc, best.logloss, tuple(run.epochs))
 
 
 def predict(
-    model: Model, data: TrainingData, index: Index, *, max_partitions: int = TrainingSettings.max_partitions
+    model: Model,
+    data: TrainingData,
+    index: Index,
+    *,
+    max_partitions: int = TrainingSettings.max_partitions,
+    device: str = "cpu",
 ) -> npt.NDArray[np.float32]:
-    """Click probabilities float32[n] of the samples `index` int64[n]; the model is left in evaluation mode."""
-    model.eval()
-    with torch.inference_mode():
-        batches = [
-            model(*_batch(model, data, index[start : start + _PREDICTION_BATCH], max_partitions)).sigmoid().numpy()
-            for start in range(0, len(index), _PREDICTION_BATCH)
-        ]
-    return np.concatenate(batches) if batches else np.zeros(0, np.float32)
+    """Click probabilities float32[n] of the samples `index` int64[n]; the model ends on the CPU, in evaluation mode."""
+    place = _find_device(device)
+    batches = BatchMaker(data, place, max_partitions if model.fuser is not None else None)
+    probability = _predict(model.to(place), batches, torch.from_numpy(index))
+    model.to("cpu")
+    return probability
 
 
 def evaluate(
-    model: Model, data: TrainingData, index: Index, *, max_partitions: int = TrainingSettings.max_partitions
+    model: Model,
+    data: TrainingData,
+    index: Index,
+    *,
+    max_partitions: int = TrainingSettings.max_partitions,
+    device: str = "cpu",
 ) -> tuple[float, float]:
-    """AUC and log loss of the samples `index` int64[n], which must hold both labels."""
-    probability = predict(model, data, index, max_partitions=max_partitions).astype(np.float64)
-    label = data.label[index]
+    """AUC and log loss of the samples `index` int64[n], which must hold both labels.
+
+    Raises:
+        InvalidInputError: the model's predictions are not finite.
+    """
+    return _compare(predict(model, data, index, max_partitions=max_partitions, device=device), data.label[index])
+
+
+class _Run:
+    """A training between two epochs; `state` is all that the rest of it follows from."""
+
+    def __init__(
+        self,
+        model: Model,
+        data: TrainingData,
+        train_index: Index,
+        validation_index: Index,
+        settings: TrainingSettings,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._average = copy.deepcopy(model)
+        self._settings = settings
+        self._device = next(model.parameters()).device
+        max_partitions = settings.max_partitions if model.fuser is not None else None
+        self._batches = BatchMaker(data, self._device, max_partitions)
+        self._train = torch.from_numpy(train_index)
+        self._validation = torch.from_numpy(validation_index)
+        # A generator of its own: what a model draws for its dropout leaves the batches as they are.
+        self._order = torch.Generator().manual_seed(seed)
+        self._weights: list[Tensor] = list(model.parameters())
+        self._averaged: list[Tensor] = list(self._average.parameters())
+        self._optimizer = _make_optimizer(model, settings)
+        self._steps = 0
+        batches_per_epoch = math.ceil(len(train_index) * len(settings.batch_sizes) / sum(settings.batch_sizes))
+        self._warm_up = max(1, batches_per_epoch // 10)
+        self.epochs: list[EpochResult] = []
+        self.best_epoch = 0
+        self.best_weights: dict[str, Tensor] = {}
+
+    def is_over(self) -> bool:
+        since = len(self.epochs) - self.best_epoch
+        return len(self.epochs) >= self._settings.max_epochs or since >= self._settings.patience
+
+    def run_epoch(self, progress: Progress | None) -> None:
+        started = time.perf_counter()
+        self._model.train()
+        losses = []
+        for done, rows in self._shuffled():
+            losses.append(self._step(rows))
+            if progress is not None:
+                progress(len(self.epochs) + 1, done, len(self._train))
+        for averaged, buffer in zip(self._average.buffers(), self._model.buffers(), strict=True):
+            # Running statistics of a normalisation are no weights and have no average.
+            averaged.copy_(buffer)
+        probability = _predict(self._average, self._batches, self._validation)
+        auc, logloss = _compare(probability, self._batches.label[self._validation].numpy())
+        self.epochs.append(EpochResult(float(np.mean(losses)), auc, logloss, time.perf_counter() - started))
+        if self.best_epoch == 0 or logloss < self.epochs[self.best_epoch - 1].logloss:
+            self.best_epoch, self.best_weights = len(self.epochs), copy.deepcopy(self._average.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        on_cuda = self._device.type == "cuda"
+        return {
+            "model": self._model.state_dict(),
+            "average": self._average.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "steps": self._steps,
+            "order": self._order.get_state(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self._device) if on_cuda else None,
+            "epochs": [dataclasses.astuple(epoch) for epoch in self.epochs],
+            "best_epoch": self.best_epoch,
+            "best_weights": self.best_weights,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._model.load_state_dict(state["model"])
+        self._average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._steps = state["steps"]
+        self._order.set_state(state["order"])
+        torch.set_rng_state(state["random"])
+        if self._device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self._device)
+        self.epochs = [EpochResult(*epoch) for epoch in state["epochs"]]
+        self.best_epoch, self.best_weights = state["best_epoch"], state["best_weights"]
+
+    def _shuffled(self) -> Iterator[tuple[int, Tensor]]:
+        """Batches in random order, each with the number of samples done after it."""
+        sizes, total = self._settings.batch_sizes, len(self._train)
+        order = self._train[torch.randperm(total, generator=self._order)]
+        done = 0
+        while done < total:
+            drawn = int(torch.randint(len(sizes), (1,), generator=self._order)) if len(sizes) > 1 else 0
+            # Not a last batch of one sample: a batch normalisation has no variance of it.
+            end = total if total - done - sizes[drawn] <= 1 else done + sizes[drawn]
+            yield end, order[done:end]
+            done = end
+
+    def _step(self, rows: Tensor) -> float:
+        rate = self._settings.learning_rate * min(1.0, (self._steps + 1) / self._warm_up)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        logits, auxiliary = self._model.forward_with_auxiliary(*self._batches.make(rows))
+        loss = functional.binary_cross_entropy_with_logits(logits, self._batches.labels(rows))
+        loss = loss + self._settings.auxiliary_weight * auxiliary
+        reached = loss.item()
+        if not math.isfinite(reached):
+            raise InvalidInputError(
+                f"the training loss became {reached}; lower learning_rate {self._settings.learning_rate}"
+            )
+        self._optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self._weights, _CLIPPED_NORM)
+        self._optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self._averaged, self._weights, 1 - self._settings.average_decay)
+        self._steps += 1
+        return reached
+
+
+def _make_optimizer(model: Model, settings: TrainingSettings) -> torch.optim.Optimizer:
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = [weight for weight in model.parameters() if id(weight) in tables]
+    matrices = [weight for weight in model.parameters() if id(weight) not in tables and weight.ndim > 1]
+    rest = [weight for weight in model.parameters() if id(weight) not in tables and weight.ndim <= 1]
+    groups = [
+        {"params": embeddings, "weight_decay": settings.embedding_decay},
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, fused=True)
+
+
+def _predict(model: Model, batches: BatchMaker, rows: Tensor) -> npt.NDArray[np.float32]:
+    model.eval()
+    size = _PREDICTION_BATCH.get(next(model.parameters()).device.type, 4096)
+    with torch.inference_mode():
+        parts = [model(*batches.make(part)).sigmoid().cpu().numpy() for part in torch.split(rows, size) if len(part)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+def _compare(probability: npt.NDArray[np.float32], label: npt.NDArray[np.float32]) -> tuple[float, float]:
+    """AUC and log loss."""
+    probability = probability.astype(np.float64)
+    if not np.isfinite(probability).all():
+        raise InvalidInputError("the model's predictions are not finite: its weights diverged; lower learning_rate")
     return float(roc_auc_score(label, probability)), float(log_loss(label, probability, labels=[0, 1]))
 
 
-def _run_epochs(
-    model: Model,
-    data: TrainingData,
-    train_index: Index,
-    validation_index: Index,
-    settings: TrainingSettings,
-    progress: Progress | None,
-) -> tuple[list[EpochResult], int, dict[str, Tensor]]:
-    optimizer, schedule = _optimizer(model, settings, math.ceil(len(train_index) / settings.batch_size))
-    average = copy.deepcopy(model)
-    epochs: list[EpochResult] = []
-    best_epoch, best_state = 0, average.state_dict()
-    for epoch in range(1, settings.max_epochs + 1):
-        started = time.perf_counter()
-        losses = []
-        for done, batch in _shuffled(train_index, settings.batch_size):
-            losses.append(_step(model, average, data, batch, optimizer, settings))
-            schedule.step()
-            if progress is not None:
-                progress(epoch, done, len(train_index))
-        auc, logloss = evaluate(average, data, validation_index, max_partitions=settings.max_partitions)
-        epochs.append(EpochResult(float(np.mean(losses)), auc, logloss, time.perf_counter() - started))
-        if best_epoch == 0 or logloss < epochs[best_epoch - 1].logloss:
-            best_epoch, best_state = epoch, copy.deepcopy(average.state_dict())
-        elif epoch - best_epoch >= settings.patience:
-            break
-    return epochs, best_epoch, best_state
-
-
-def _step(
-    model: Model,
-    average: Model,
-    data: TrainingData,
-    batch: Index,
-    optimizer: torch.optim.Optimizer,
-    settings: TrainingSettings,
-) -> float:
-    model.train()
-    logits, auxiliary = model.forward_with_auxiliary(*_batch(model, data, batch, settings.max_partitions))
-    loss = functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(data.label[batch]))
-    loss = loss + settings.auxiliary_weight * auxiliary
-    if not torch.isfinite(loss):
-        raise InvalidInputError(f"the training loss became {loss.item()}; lower learning_rate {settings.learning_rate}")
-    optimizer.zero_grad()
-    torch.autograd.backward(loss)
-    nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-    optimizer.step()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - settings.average_decay)
-    return loss.item()
-
-
-def _shuffled(index: Index, batch_size: int) -> Iterator[tuple[int, Index]]:
-    """Batches in random order, each with the number of samples done after it."""
-    order = index[torch.randperm(len(index)).numpy()]
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        yield start + len(batch), batch
-
-
-def _optimizer(
-    model: Model, settings: TrainingSettings, steps_per_epoch: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    free = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-    )
-    warm_up = max(1, steps_per_epoch // 10)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warm_up))
-
-
-def _batch(model: Model, data: TrainingData, batch: Index, max_partitions: int) -> tuple[Any, ...]:
-    """The arguments of the model for these samples, one user per candidate: tensors, and None for `user_index`."""
-    inputs = (
-        torch.from_numpy(data.item[batch]),
-        None,
-        torch.from_numpy(data.history_item[batch]),
-        torch.from_numpy(data.history_feedback[batch]),
-        torch.from_numpy(data.history_length[batch]),
-        torch.from_numpy(data.profile[batch]),
-    )
-    if isinstance(model, Backbone):
-        return inputs
-    representations, mask = gather_partitions(data, batch, max_partitions)
-    return torch.from_numpy(representations), torch.from_numpy(mask), *inputs
-
-
-def gather_partitions(
-    data: TrainingData, index: Index, max_partitions: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Representations of the samples' newest partitions, post-padded with zeros.
-
-    Args:
-        data: the samples.
-        index: int64[n], which of them.
-        max_partitions: older ones are left out.
-
-    Returns:
-        float32[n, J, d] and the mask bool[n, J]; J is the most partitions any of these samples has.
-    """
-    count = np.minimum(data.partition_count[index], max_partitions)
-    first = data.partition_start[index] + data.partition_count[index] - count
-    steps = np.arange(int(count.max(initial=0)))
-    mask = steps < count[:, None]
-    representations = data.representations[np.where(mask, first[:, None] + steps, 0)] * mask[:, :, None]
-    return representations.astype(np.float32, copy=False), mask
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device {name!r} is unknown; give cpu, cuda, cuda:1 or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(f"device {name!r} is not there ({torch.cuda.device_count()} GPUs); give cpu or auto")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device {name!r} is not supported; give cpu, cuda, cuda:1 or auto")
+    return device

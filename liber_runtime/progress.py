@@ -28,10 +28,16 @@ console = Console(stderr=True, markup=False, emoji=False, highlight=False)
 be in what is printed, so nothing of it is markup."""
 
 
+_RATED_SECONDS = 300.0
+"""Rate and remaining time are of the last so many seconds: a unit, as a whole training, may take a minute."""
+
+
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f}/s" if speed else "", style="cyan")
+        if not speed:
+            return Text("")
+        return Text(f"{speed:,.0f}/s" if speed >= 1 else f"{60 * speed:,.1f}/min", style="cyan")
 
 
 @contextmanager
@@ -50,7 +56,7 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as display:
+    with Progress(*columns, console=console, speed_estimate_period=_RATED_SECONDS) as display:
         task = display.add_task(title, total=total)
         yield lambda done: display.advance(task, done)
         # A step may be done before its total, as training that stops early is.
