@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from builders.priority import share_priority
 from builders.repository import publish_encoder
-from liber_runtime.bundle import EncoderSpec
+from liber_runtime.bundle import PCA, EncoderSpec
 from liber_runtime.exceptions import ScoringError
 from liber_runtime.progress import Advance, progress
 from liber_runtime.representation import Encoded, TextModel
@@ -167,3 +167,20 @@ class CachedEncoder:
         await self._embedder.add(texts)
         vectors = self._session.run({"text_embedding": self._cache.get(texts)})["representation"]
         return Encoded(vectors, self._fingerprint)
+
+
+@contextlib.contextmanager
+def open_encoder(directory: Path, spec: EncoderSpec, fingerprint: str) -> Iterator[CachedEncoder]:
+    """The encoder of a build, for texts beside its store.
+
+    Args:
+        directory: with encoder, tokenizer, PCA and embeddings, as `builders.build.fit_representations` leaves it.
+        spec: of the encoder.
+        fingerprint: of encoder and PCA.
+    """
+    with contextlib.ExitStack() as stack:
+        cache = EmbeddingCache(directory / "embeddings.db", spec)
+        stack.callback(cache.close)
+        embedder = Embedder(directory, cache)
+        stack.callback(embedder.close)
+        yield CachedEncoder(cache, embedder, directory / PCA, fingerprint)

@@ -9,14 +9,14 @@ import numpy.typing as npt
 
 from liber_runtime.behavior import Domain, Item
 from liber_runtime.exceptions import InvalidInputError
-from liber_runtime.interest import Prompt, ShiftPrompt, SummaryPrompt
+from liber_runtime.interest import PartitionPrompt, ShiftPrompt, SummaryPrompt
 from liber_runtime.memory import Task
 
 MAX_TEXT_CHARACTERS = 20_000
 """A longer answer is a writer that does not stop, not knowledge."""
 
 
-def prompt_of(task: Task, domain: Domain, items: Mapping[str, Item]) -> Prompt:
+def prompt_of(task: Task, domain: Domain, items: Mapping[str, Item]) -> PartitionPrompt:
     """prompt_s or prompt_c of a task (Eq. 2, 3); an unknown item is called by its id."""
     if task.step == "shift":
         return ShiftPrompt(domain, task.previous, task.summary)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from liber_runtime.behavior import Domain, Item, Text
 from liber_runtime.exceptions import ConfigurationError, WriterAwayError
-from liber_runtime.interest import Prompt
+from liber_runtime.interest import PartitionPrompt
 from liber_runtime.memory import Result, Step, Task
 from liber_runtime.worker.answers import checked_text, prompt_of
 from liber_runtime.worker.lane import OBSERVE_SECONDS, Job, Lane, explain
@@ -103,7 +103,7 @@ class WritingLane(Lane):
         self.session.worker.metrics.written(text)
         return [Result(task, text)]
 
-    async def _ask_writer(self, prompt: Prompt) -> Text:
+    async def _ask_writer(self, prompt: PartitionPrompt) -> Text:
         started = time.perf_counter()
         completion = await self._writer.write(prompt)
         return Text(

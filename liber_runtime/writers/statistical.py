@@ -1,4 +1,4 @@
-"""The statistical writer: both texts from counts and means over item metadata, no model at all.
+"""The statistical writer: every text from counts and means over item metadata, no model at all.
 
 The embedded default, and the baseline that every LLM has to beat. Results made with it say so; it is not an LLM.
 """
@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from liber_runtime.behavior import Domain, Item
 from liber_runtime.exceptions import InvalidInputError
-from liber_runtime.interest import Prompt, ShiftPrompt, SummaryPrompt, bounded, clean
+from liber_runtime.interest import ItemPrompt, Prompt, ShiftPrompt, SummaryPrompt, bounded, clean
 from liber_runtime.writers import Completion
 
 MAX_TASTES_PER_FACET = 6
@@ -35,7 +35,7 @@ _TASTE = re.compile(r"(?P<name>.*) (?P<count>\d+) \((?P<mean>-?\d+\.\d+)\)")
 
 
 class StatisticalWriter:
-    """Writes summaries (Eq. 2) and shifts (Eq. 3) deterministically and within bounds.
+    """Writes summaries (Eq. 2), shifts (Eq. 3) and items deterministically and within bounds.
 
     A shift is made of the two summaries alone, as Eq. 3 has it: the figures are read back out of their text.
     """
@@ -51,6 +51,8 @@ class StatisticalWriter:
         Raises:
             InvalidInputError: a shift is asked of a summary that another writer wrote.
         """
+        if isinstance(prompt, ItemPrompt):
+            return Completion(present(prompt))
         return Completion(summarize(prompt) if isinstance(prompt, SummaryPrompt) else compare(prompt))
 
 
@@ -125,6 +127,15 @@ def compare(prompt: ShiftPrompt) -> str:
         if entries:
             lines.append(f"{title}: {'; '.join(entries[:MAX_CHANGES_PER_KIND])}.")
     return "\n".join(lines) or "No change of taste."
+
+
+def present(prompt: ItemPrompt) -> str:
+    """An item in the words of the summaries: its groups, its period, its title; an item without a title by its id."""
+    domain, item = prompt.domain, prompt.item
+    facets = _facets(domain, [(item, domain.feedback_range[1])])
+    named = [(facet, [name for name in tastes if name][:MAX_TASTES_PER_FACET]) for facet, tastes in facets]
+    told = [f"{facet}: {'; '.join(names)}." for facet, names in named if names]
+    return "\n".join([*told, f"{domain.item_noun}: {_label(item.title) or _label(item.item_id)}."])
 
 
 def _facets(domain: Domain, history: Sequence[tuple[Item, float]]) -> Iterable[tuple[str, dict[str, _Taste]]]:

@@ -11,16 +11,20 @@ import pytest
 from conftest import Built
 
 from builders.build import drain
-from builders.embedding import EmbeddingCache
+from builders.catalogue import embed_items, write_items
+from builders.embedding import EmbeddingCache, open_encoder
 from builders.pca import fit_pca
 from builders.replay import replay, split
+from builders.variants import VARIANTS, sample_vectors
 from liber_runtime.behavior import Behavior
-from liber_runtime.bundle import PCA, EncoderSpec
+from liber_runtime.bundle import PCA, VOCABULARY, EncoderSpec
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.interest import Prompt
 from liber_runtime.memory import MemoryStore, open_store
+from liber_runtime.vocabulary import Vocabulary
 from liber_runtime.worker import Worker
 from liber_runtime.writers import Completion
+from liber_runtime.writers.statistical import StatisticalWriter
 
 
 def components(path: Path) -> npt.NDArray[np.float32]:
@@ -63,3 +67,27 @@ async def test_a_build_does_not_go_on_without_what_was_given_up(built: Built, tm
     with pytest.raises(ConfigurationError, match=r"^1 steps were given up .*\(this writer refuses everything\)"):
         await drain(Worker(store, RefusingWriter(), None, max_attempts=1))
     store.close()
+
+
+def test_variants_and_items_are_encoded_as_the_store_is(built: Built, store: MemoryStore, tmp_path: Path) -> None:
+    samples = replay(built.dataset, store.condition, built.settings.minimum)
+    rows = np.arange(len(samples), dtype=np.int64)[::7]
+    spec = EncoderSpec.load(built.bundle)
+    writer = StatisticalWriter()
+    with open_encoder(built.directory / "knowledge", spec, built.manifest.fingerprint) as encoder:
+        seen = sample_vectors(VARIANTS["liber"], built.dataset, samples, rows, writer, encoder, tmp_path)
+        whole = sample_vectors(VARIANTS["no_partition"], built.dataset, samples, rows[-3:], writer, encoder, tmp_path)
+        vocabulary = Vocabulary.load(built.bundle / VOCABULARY)
+        items = embed_items(write_items(built.dataset, writer, tmp_path), vocabulary, encoder)
+    assert seen.count.max() > 2
+    for place, row in enumerate(rows):
+        timeline = store.timeline(samples.user_ids[samples.user[row]])
+        assert timeline is not None
+        stored = [record.representations[built.manifest.fingerprint].vector for record in timeline.partitions]
+        start, count = seen.start[place], seen.count[place]
+        assert count == samples.partitions[row]
+        np.testing.assert_allclose(seen.representations[start : start + count], stored[:count], atol=1e-5)
+    assert whole.representations.shape == (3, built.settings.dimension)
+    assert items.shape == (len(vocabulary.items) + 1, built.settings.dimension)
+    assert not items[0].any()
+    assert items[1:].any(axis=1).all()
