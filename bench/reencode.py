@@ -26,6 +26,7 @@ import numpy as np
 from bench.environment import describe_machine, describe_versions, run_command, show_figures
 from builders.build import BuildSettings, build, reencode, switch
 from builders.datasets import sample
+from builders.hyperparameters import Hyperparameters
 from builders.priority import lower_priority
 from builders.repository import deploy, publish
 from builders.train import TrainingSettings
@@ -150,7 +151,7 @@ def measure(
 
 
 def _settings(seed: int) -> BuildSettings:
-    return BuildSettings(seed=seed, training=TrainingSettings(max_epochs=4))
+    return BuildSettings(seed=seed, hyperparameters=Hyperparameters(TrainingSettings(max_epochs=4)))
 
 
 def _wait(seconds: float) -> tuple[float, float]:
@@ -185,7 +186,7 @@ def _reencode_here(place: Place, url: str, lowered: bool, directory: Path, seed:
         lower_priority()
     store = open_store(place.store)
     try:
-        manifest, _ = reencode(store, directory, _settings(seed))
+        manifest, _ = reencode(store, StatisticalWriter(), directory, _settings(seed))
         ready.value = time.perf_counter()  # one clock for all processes
         deploy(directory / "bundle", place.repository, url)
         switch(store, manifest.fingerprint)

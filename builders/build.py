@@ -1,10 +1,10 @@
 """``liber build``: a behavior log and a store, or what a store holds alone -> a bundle.
 
 The steps are functions of their own, for the demo runs them around its live replay: `remember` fills the store,
-`write_texts` its knowledge, `fit_representations` encoder, PCA and vectors, `prepare` the training data, and
-`train_once` and `export_bundle` make the bundle. `build` starts from a log, `reencode` from the store; both then go one
-way, beside whatever scores, appends and writes meanwhile: the vectors of the encodings there were stay, and are still
-made for new partitions, until the new bundle serves and `switch` says so.
+`write_texts` its knowledge, `fit_representations` encoder, PCA and vectors, `know_items` the items' own knowledge,
+`prepare` the training data, `train_once` and `export_bundle` the bundle. `build` starts from a log, `reencode` from
+the store; both then go one way, beside whatever scores, appends and writes meanwhile: the vectors of the encodings
+there were stay, and are still made for new partitions, until the new bundle serves and `switch` says so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from builders.assembly import FittedFeatures, Fusion, fit_features, make_ranker, with_knowledge
 from builders.bundle import write_bundle
+from builders.catalogue import embed_items, write_items
 from builders.datasets import Dataset
 from builders.datasets.stored import load as load_stored
-from builders.embedding import CachedEncoder, Embedder, EmbeddingCache, Pair
+from builders.embedding import Embedder, EmbeddingCache, Pair, open_encoder
 from builders.encoder import EMBEDDED, export_encoder
 from builders.export import export_backbone, export_fuser
-from builders.models.backbone import Backbone, LiberModel
-from builders.models.dien import DIEN
-from builders.models.fuser import AttentionFuser
+from builders.hyperparameters import Hyperparameters, load_hyperparameters
+from builders.models.backbone import Ranker
 from builders.pca import fingerprint as fingerprint_of
 from builders.pca import fit_pca
 from builders.replay import Samples, Split, replay
 from builders.replay import split as split_samples
-from builders.train import EpochResult, Index, TrainingData, TrainingResult, TrainingSettings, train
-from builders.vocabulary import Fit, fit
+from builders.train import EpochResult, Index, TrainingData, TrainingResult, train
 from liber_runtime import __version__
 from liber_runtime.behavior import Behavior
 from liber_runtime.bundle import (
@@ -70,22 +70,40 @@ class BuildSettings:
     """What distinguishes one bundle from another on the same data.
 
     Attributes:
+        backbone: see `make_backbone`.
+        fusion: see `Fusion`; ``paper`` or ``matched``.
         encoder: BERT checkpoint, see `export_encoder`.
         dimension: d, size of r_j and of the interest.
         history_length: T, newest behaviors the backbone reads.
+        lookback: newest behaviors that feedback to similar items is looked up in; not less than T.
         minimum: earlier behaviors a sample needs; the paper's K.
         seed: of weights, batches and dropout.
         refit_pca: fit the PCA anew even if an earlier build of the same directory left one with its bundle.
-        training: see `TrainingSettings`.
+        hyperparameters: of model and training; None for those that were chosen for the backbone.
     """
 
+    backbone: str = "DIEN"
+    fusion: Fusion = "matched"
     encoder: str = EMBEDDED
     dimension: int = 32
     history_length: int = 20
+    lookback: int = 200
     minimum: int = 20
     seed: int = 1
     refit_pca: bool = False
-    training: TrainingSettings = field(default_factory=TrainingSettings)
+    hyperparameters: Hyperparameters | None = None
+
+    def __post_init__(self) -> None:
+        if self.lookback < self.history_length:
+            raise ConfigurationError(
+                f"lookback {self.lookback} is less than the history of {self.history_length} that a backbone reads; "
+                "give at least that"
+            )
+
+    @property
+    def chosen(self) -> Hyperparameters:
+        """`hyperparameters`, or those of the backbone."""
+        return self.hyperparameters or load_hyperparameters(self.backbone)
 
 
 @dataclass(frozen=True)
@@ -158,10 +176,9 @@ def encode_pending(store: MemoryStore, knowledge: Knowledge) -> None:
         ConfigurationError: see `drain`.
     """
     with (
-        _embedding(knowledge.directory, knowledge.spec) as (cache, embedder),
+        open_encoder(knowledge.directory, knowledge.spec, knowledge.fingerprint) as encoder,
         progress("keep vectors", None) as advance,
     ):
-        encoder = CachedEncoder(cache, embedder, knowledge.directory / PCA, knowledge.fingerprint)
         asyncio.run(drain(Worker(store, None, encoder), advance))
 
 
@@ -222,18 +239,49 @@ def read_vectors(
     return StoredVectors(np.concatenate(matrices), start)
 
 
+def know_items(
+    dataset: Dataset, writer: Writer, knowledge: Knowledge, fitted: FittedFeatures, settings: BuildSettings
+) -> npt.NDArray[np.float32] | None:
+    """The items' own knowledge float32[I+1, d], where r̂ is to meet it: their texts as the partitions' are made.
+
+    Args:
+        dataset: whose catalogue it is.
+        writer: of the texts; asked for those alone that no earlier build had written.
+        knowledge: encoder and PCA; its directory keeps the texts.
+        fitted: whose vocabulary gives the order.
+        settings: fusion and dimension.
+
+    Raises:
+        InvalidInputError: the data set has no catalogue.
+        LiberError: the writer gave no usable answer.
+    """
+    if settings.fusion == "paper":
+        return None
+    texts = write_items(dataset, writer, knowledge.directory)
+    with open_encoder(knowledge.directory, knowledge.spec, knowledge.fingerprint) as encoder:
+        return embed_items(texts, fitted.vocabulary.vocabulary, encoder)
+
+
 def prepare(
-    stored: StoredVectors, dataset: Dataset, samples: Samples, rows: Index, vocabulary: Fit, settings: BuildSettings
+    stored: StoredVectors,
+    dataset: Dataset,
+    samples: Samples,
+    rows: Index,
+    fitted: FittedFeatures,
+    numbers: npt.NDArray[np.float32] | None = None,
 ) -> TrainingData:
     """The samples `rows` int64[n] as columns, with the vectors of their users.
+
+    `numbers` float32[n, M] are theirs; None if they are samples that `fitted` was fitted on.
 
     Raises:
         ConfigurationError: a partition that a sample sees has no vector.
     """
-    indexed = samples.in_vocabulary(vocabulary.vocabulary)
-    history = indexed.history(rows, settings.history_length)
+    vocabulary = fitted.vocabulary.vocabulary
+    indexed = samples.in_vocabulary(vocabulary)
+    history = indexed.history(rows, fitted.history_length)
     users = samples.user[rows]
-    profiles = [vocabulary.vocabulary.profile_indices(dataset.profiles.get(user, {})) for user in samples.user_ids]
+    profiles = [vocabulary.profile_indices(dataset.profiles.get(user, {})) for user in samples.user_ids]
     lacking = np.flatnonzero(~stored.reach(samples, rows))
     if len(lacking):
         raise ConfigurationError(
@@ -247,28 +295,47 @@ def prepare(
         history_feedback=history.feedback,
         history_length=history.length,
         profile=np.array(profiles, dtype=np.int32)[users],
+        numbers=fitted.numbers.values[rows] if numbers is None else numbers,
         partition_start=stored.start[users],
         partition_count=samples.partitions[rows],
         representations=stored.vectors,
     )
 
 
-def make_base(vocabulary: Fit, settings: BuildSettings) -> Backbone:
+def fit_for(dataset: Dataset, samples: Samples, parts: Split, settings: BuildSettings) -> FittedFeatures:
+    """The features by these settings; see `fit_features`."""
+    return fit_features(
+        dataset,
+        samples,
+        parts,
+        history_length=settings.history_length,
+        lookback=settings.lookback,
+        seed=settings.seed,
+    )
+
+
+def make_base(fitted: FittedFeatures, settings: BuildSettings) -> Ranker:
     """The backbone without LIBER, weights from the seed."""
-    torch.manual_seed(settings.seed)
-    return _make_backbone(vocabulary, settings, interest_size=0)
+    return make_ranker(settings.backbone, fitted, settings.chosen, seed=settings.seed)
 
 
-def make_liber(vocabulary: Fit, settings: BuildSettings) -> LiberModel:
-    """Fuser and backbone (Eq. 5-7), weights from the seed."""
-    torch.manual_seed(settings.seed)
-    return LiberModel(
-        AttentionFuser(settings.dimension), _make_backbone(vocabulary, settings, interest_size=settings.dimension)
+def make_liber(
+    fitted: FittedFeatures, item_knowledge: npt.NDArray[np.float32] | None, settings: BuildSettings
+) -> Ranker:
+    """Fuser and backbone (Eq. 5-7), weights from the seed; `item_knowledge` as of `know_items`."""
+    return make_ranker(
+        settings.backbone,
+        fitted,
+        settings.chosen,
+        fusion=settings.fusion,
+        dimension=settings.dimension,
+        item_knowledge=item_knowledge,
+        seed=settings.seed,
     )
 
 
 def train_once(
-    name: str, model: Backbone | LiberModel, data: TrainingData, split: Split, settings: BuildSettings, directory: Path
+    name: str, model: Ranker, data: TrainingData, split: Split, settings: BuildSettings, directory: Path
 ) -> TrainingResult:
     """Trains `model`, or loads the weights that the same training left in `directory`.
 
@@ -289,7 +356,9 @@ def train_once(
             model.load_state_dict(kept["weights"])
             model.eval()
             return _restore_result(kept["result"])
-    with progress(f"train {name}", len(split.train) * settings.training.max_epochs) as advance:
+    training = settings.chosen.training
+    directory.mkdir(parents=True, exist_ok=True)
+    with progress(f"train {name}", len(split.train) * training.max_epochs) as advance:
         reached = 0
 
         def report(epoch: int, done: int, total: int) -> None:
@@ -299,9 +368,15 @@ def train_once(
             reached = now
 
         result = train(
-            model, data, split.train, split.validation, seed=settings.seed, settings=settings.training, progress=report
+            model,
+            data,
+            split.train,
+            split.validation,
+            seed=settings.seed,
+            settings=training,
+            checkpoint=directory / f"{name}.checkpoint",
+            progress=report,
         )
-    directory.mkdir(parents=True, exist_ok=True)
     building = path.with_suffix(".building")
     torch.save({"key": key, "weights": model.state_dict(), "result": asdict(result)}, building)
     building.replace(path)
@@ -309,15 +384,22 @@ def train_once(
 
 
 def export_bundle(
-    model: LiberModel, vocabulary: Fit, knowledge: Knowledge, dataset: Dataset, directory: Path, settings: BuildSettings
+    model: Ranker,
+    fitted: FittedFeatures,
+    knowledge: Knowledge,
+    dataset: Dataset,
+    directory: Path,
+    settings: BuildSettings,
 ) -> Manifest:
     """Exports everything that serving needs into the bundle `directory`."""
+    if model.fuser is None:
+        raise ValueError("a bundle holds a fuser; export a ranker with LIBER")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export-") as scratch:
         made = Path(scratch)
         export_fuser(model.fuser, made / FUSER)
-        export_backbone(model.backbone, made / BACKBONE)
-        (made / VOCABULARY).write_text(vocabulary.vocabulary.model_dump_json())
+        export_backbone(model, made / BACKBONE)
+        (made / VOCABULARY).write_text(fitted.vocabulary.vocabulary.model_dump_json())
         parts = {name: made / name for name in (FUSER, BACKBONE, VOCABULARY)}
         parts |= {name: knowledge.directory / name for name in (ENCODER, ENCODER_SPEC, TOKENIZER, PCA)}
         return write_bundle(
@@ -328,8 +410,10 @@ def export_bundle(
             fingerprint=knowledge.fingerprint,
             dimension=settings.dimension,
             history_length=settings.history_length,
-            max_partitions=settings.training.max_partitions,
-            backbone=type(model.backbone).__name__,
+            lookback=settings.lookback,
+            max_partitions=settings.chosen.training.max_partitions,
+            backbone=settings.backbone,
+            fusion=settings.fusion,
             writers=knowledge.writers,
             seed=settings.seed,
         )
@@ -348,13 +432,16 @@ def build(
     parts = split_samples(samples)
     remember(store, dataset, dataset.behaviors)
     write_texts(store, writer)
-    return _make_bundle(store, dataset, samples, parts, directory, settings)
+    return _make_bundle(store, dataset, samples, parts, writer, directory, settings)
 
 
-def reencode(store: MemoryStore, directory: Path, settings: BuildSettings) -> tuple[Manifest, TrainingResult]:
-    """From the texts and behaviors that a store holds to a bundle in ``directory / "bundle"``; no writer is called.
+def reencode(
+    store: MemoryStore, writer: Writer, directory: Path, settings: BuildSettings
+) -> tuple[Manifest, TrainingResult]:
+    """From the texts and behaviors that a store holds to a bundle in ``directory / "bundle"``.
 
-    Items that no behavior names are found where a bundle that `directory` has lists them.
+    No text of a user is written; `writer` describes the items that no build of `directory` has described yet. Items
+    that no behavior names are found where a bundle that `directory` has lists them.
 
     Raises:
         InvalidInputError: what the store holds cannot be split or learned from.
@@ -364,7 +451,7 @@ def reencode(store: MemoryStore, directory: Path, settings: BuildSettings) -> tu
     catalogue = Vocabulary.load(before / VOCABULARY).items if (before / VOCABULARY).is_file() else ()
     dataset = load_stored(store, catalogue)
     samples = replay(dataset, store.condition, settings.minimum)
-    return _make_bundle(store, dataset, samples, split_samples(samples), directory, settings)
+    return _make_bundle(store, dataset, samples, split_samples(samples), writer, directory, settings)
 
 
 def switch(store: MemoryStore, fingerprint: str) -> int:
@@ -386,17 +473,25 @@ def switch(store: MemoryStore, fingerprint: str) -> int:
 
 
 def _make_bundle(
-    store: MemoryStore, dataset: Dataset, samples: Samples, parts: Split, directory: Path, settings: BuildSettings
+    store: MemoryStore,
+    dataset: Dataset,
+    samples: Samples,
+    parts: Split,
+    writer: Writer,
+    directory: Path,
+    settings: BuildSettings,
 ) -> tuple[Manifest, TrainingResult]:
     """What `build` and `reencode` have in common: everything after the texts."""
     knowledge = fit_representations(store, dataset, samples, parts, directory / "knowledge", settings)
-    vocabulary = fit(dataset, dataset.behaviors[: samples.behavior[parts.test[0]]])
+    fitted = fit_for(dataset, samples, parts, settings)
     stored = read_vectors(store, samples, parts.training_part, knowledge, settings)
     rows, learned = _leave_out(parts, stored.reach(samples, parts.training_part))
-    data = prepare(stored, dataset, samples, rows, vocabulary, settings)
-    model = make_liber(vocabulary, settings)
+    items = know_items(dataset, writer, knowledge, fitted, settings)
+    fitted = with_knowledge(fitted, samples, parts, items)
+    data = prepare(stored, dataset, samples, rows, fitted)
+    model = make_liber(fitted, items, settings)
     result = train_once("liber", model, data, learned, settings, directory / "models")
-    manifest = export_bundle(model, vocabulary, knowledge, dataset, directory / "bundle", settings)
+    manifest = export_bundle(model, fitted, knowledge, dataset, directory / "bundle", settings)
     # Of partitions that came while this trained.
     encode_pending(store, knowledge)
     return manifest, result
@@ -419,18 +514,6 @@ def _leave_out(parts: Split, kept: npt.NDArray[np.bool_]) -> tuple[Index, Split]
     trained = int(np.count_nonzero(kept[: len(parts.train)]))
     places = np.arange(len(rows), dtype=np.int64)
     return rows, Split(places[:trained], places[trained:], parts.test)
-
-
-def _make_backbone(vocabulary: Fit, settings: BuildSettings, interest_size: int) -> Backbone:
-    fields = vocabulary.vocabulary
-    return DIEN(
-        vocabulary.item_table,
-        fields.item_fields,
-        fields.user_fields,
-        fields.feedback,
-        history_size=settings.history_length,
-        interest_size=interest_size,
-    )
 
 
 async def drain(worker: Worker, advance: Advance | None = None) -> None:
@@ -551,7 +634,7 @@ def _restore_result(kept: dict[str, Any]) -> TrainingResult:
     return TrainingResult(**{**kept, "epochs": tuple(EpochResult(**epoch) for epoch in kept["epochs"])})
 
 
-def _digest_training(model: Backbone | LiberModel, data: TrainingData, settings: BuildSettings) -> str:
+def _digest_training(model: Ranker, data: TrainingData, settings: BuildSettings) -> str:
     digest = hashlib.sha256(f"{__version__} {settings!r}".encode())
     for name in TrainingData.__dataclass_fields__:
         digest.update(np.ascontiguousarray(getattr(data, name)).tobytes())

@@ -21,8 +21,10 @@ def write_bundle(
     fingerprint: str,
     dimension: int,
     history_length: int,
+    lookback: int,
     max_partitions: int,
     backbone: str,
+    fusion: str,
     writers: tuple[str, ...],
     seed: int,
 ) -> Manifest:
@@ -36,8 +38,10 @@ def write_bundle(
         fingerprint: of encoder and PCA.
         dimension: d.
         history_length: T.
+        lookback: L.
         max_partitions: newest representations fused.
         backbone: name of the CTR model.
+        fusion: how it takes the interest.
         writers: authors of the texts.
         seed: of training.
     """
@@ -51,8 +55,10 @@ def write_bundle(
         fingerprint=fingerprint,
         dimension=dimension,
         history_length=history_length,
+        lookback=lookback,
         max_partitions=max_partitions,
         backbone=backbone,
+        fusion=fusion,
         writers=writers,
         seed=seed,
         digests=digests,

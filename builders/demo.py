@@ -28,12 +28,15 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from bench.environment import describe_machine, describe_versions
 from bench.inference_latency import measure
+from builders.assembly import FittedFeatures, with_knowledge
 from builders.build import (
     BuildSettings,
     Knowledge,
     drain,
     export_bundle,
+    fit_for,
     fit_representations,
+    know_items,
     make_base,
     make_liber,
     prepare,
@@ -43,12 +46,12 @@ from builders.build import (
     write_texts,
 )
 from builders.datasets import Dataset, load
-from builders.models.backbone import LiberModel
+from builders.models.backbone import Ranker
+from builders.models.fuser import AttentionFuser
 from builders.replay import Samples, Split, calls_per_user, replay, split
 from builders.report import write as write_report
 from builders.repository import publish
 from builders.train import TrainingData, TrainingResult, predict
-from builders.vocabulary import Fit, fit
 from liber_runtime import __version__
 from liber_runtime.bundle import Manifest
 from liber_runtime.exceptions import ConfigurationError, LiberError
@@ -121,16 +124,20 @@ def _run(
         write_texts(store, StatisticalWriter())
     with watch.step("encode"):
         knowledge = fit_representations(store, dataset, samples, parts, directory / "knowledge", settings)
-    vocabulary = fit(dataset, dataset.behaviors[:test_begins])
+    with watch.step("features"):
+        fitted = fit_for(dataset, samples, parts, settings)
+        items = know_items(dataset, StatisticalWriter(), knowledge, fitted, settings)
+        knowing = with_knowledge(fitted, samples, parts, items)
     stored = read_vectors(store, samples, parts.training_part, knowledge, settings)
-    data = prepare(stored, dataset, samples, parts.training_part, vocabulary, settings)
-    base, liber = make_base(vocabulary, settings), make_liber(vocabulary, settings)
+    base_data = prepare(stored, dataset, samples, parts.training_part, fitted)
+    data = prepare(stored, dataset, samples, parts.training_part, knowing)
+    base, liber = make_base(fitted, settings), make_liber(knowing, items, settings)
     with watch.step("train_base"):
-        base_result = train_once("base", base, data, parts, settings, directory / "models")
+        base_result = train_once("base", base, base_data, parts, settings, directory / "models")
     with watch.step("train_liber"):
         liber_result = train_once("liber", liber, data, parts, settings, directory / "models")
     with watch.step("export"):
-        manifest = _export_once(liber, vocabulary, knowledge, dataset, directory, settings)
+        manifest = _export_once(liber, knowing, knowledge, dataset, directory, settings)
     tested: list[int] = samples.behavior[parts.test].tolist()
     remembered = store.statistics().behaviors
     answers = _read_journal(directory / JOURNAL, manifest, [row for row in tested if row < remembered])
@@ -146,18 +153,19 @@ def _run(
         with watch.step("serve"):
             asyncio.run(_live(dataset, tested, answers, store, server.grpc_url, directory / JOURNAL))
         with watch.step("latency"):
-            latency = measure(server.grpc_url, store.users(), vocabulary.vocabulary.items, seed=settings.seed)
+            latency = measure(server.grpc_url, store.users(), fitted.vocabulary.vocabulary.items, seed=settings.seed)
     finally:
         server.stop()
 
     with watch.step("evaluate"):
         stored = read_vectors(store, samples, parts.test, knowledge, settings)
-        test = prepare(stored, dataset, samples, parts.test, vocabulary, settings)
+        base_test = prepare(stored, dataset, samples, parts.test, fitted)
+        test = prepare(stored, dataset, samples, parts.test, knowing)
         rows = np.arange(len(parts.test))
         served = np.array([answers[row] for row in tested], dtype=np.float32)
-        most = settings.training.max_partitions
+        most = settings.chosen.training.max_partitions
         offline = predict(liber, test, rows, max_partitions=most)
-        base_offline = predict(base, test, rows, max_partitions=most)
+        base_offline = predict(base, base_test, rows, max_partitions=most)
     report = {
         "data": _describe_data(dataset, samples, parts),
         "memory": _describe_memory(store, samples),
@@ -212,14 +220,19 @@ def _claim_directory(directory: Path, dataset: Dataset, settings: BuildSettings)
 
 
 def _export_once(
-    model: LiberModel, vocabulary: Fit, knowledge: Knowledge, dataset: Dataset, directory: Path, settings: BuildSettings
+    model: Ranker,
+    fitted: FittedFeatures,
+    knowledge: Knowledge,
+    dataset: Dataset,
+    directory: Path,
+    settings: BuildSettings,
 ) -> Manifest:
     bundle, repository = directory / "bundle", directory / "model_repository"
     weights = hashlib.sha256((directory / "models" / "liber.pt").read_bytes()).hexdigest()
     note = directory / "models" / "exported"
     if note.is_file() and note.read_text() == weights and bundle.is_dir() and repository.is_dir():
         return Manifest.load(bundle)
-    manifest = export_bundle(model, vocabulary, knowledge, dataset, bundle, settings)
+    manifest = export_bundle(model, fitted, knowledge, dataset, bundle, settings)
     publish(bundle, repository)
     note.write_text(weights)
     return manifest
@@ -338,7 +351,7 @@ def _quality(
     }
 
 
-def _illustrate(dataset: Dataset, store: MemoryStore, model: LiberModel, fingerprint: str) -> dict[str, Any]:
+def _illustrate(dataset: Dataset, store: MemoryStore, model: Ranker, fingerprint: str) -> dict[str, Any]:
     """One user's partitions, texts and the fuser's weights as the memory grew."""
     timelines = (timeline for user in store.users() if (timeline := store.timeline(user)))
     chosen = min(timelines, key=lambda timeline: abs(len(timeline.partitions) - ILLUSTRATED_PARTITIONS))
@@ -362,7 +375,9 @@ def _illustrate(dataset: Dataset, store: MemoryStore, model: LiberModel, fingerp
     }
 
 
-def _attention(timeline: Timeline, model: LiberModel, fingerprint: str) -> list[list[float]]:
+def _attention(timeline: Timeline, model: Ranker, fingerprint: str) -> list[list[float]]:
+    if not isinstance(model.fuser, AttentionFuser):
+        return []
     made = [record.representations.get(fingerprint) for record in timeline.partitions]
     vectors = [each.vector for each in made if each is not None]
     rows = []

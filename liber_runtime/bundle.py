@@ -13,7 +13,7 @@ import pydantic
 
 from liber_runtime.exceptions import ConfigurationError
 
-FORMAT = 1
+FORMAT = 2
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
@@ -76,9 +76,11 @@ class Manifest(pydantic.BaseModel, frozen=True):
         encoder: see `EncoderSpec`.
         fingerprint: of encoder and PCA together; vectors made by another pair are refused.
         dimension: d, size of r_j and of the interest.
-        history_length: T, behaviors the backbone reads.
+        history_length: T, behaviors the backbone itself reads.
+        lookback: L, newest behaviors of a user that are given to its graph.
         max_partitions: newest representations of a user that are fused.
         backbone: name of the CTR model.
+        fusion: how the backbone takes the interest, see ``builders.assembly.Fusion``.
         writers: authors of the texts it was trained on.
         seed: of training.
         digests: sha256 per part.
@@ -92,8 +94,10 @@ class Manifest(pydantic.BaseModel, frozen=True):
     fingerprint: str
     dimension: int
     history_length: int
+    lookback: int
     max_partitions: int
     backbone: str
+    fusion: str
     writers: tuple[str, ...]
     seed: int
     digests: dict[str, str]

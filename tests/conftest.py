@@ -19,6 +19,16 @@ def other_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_bert(tmp_path_factory.mktemp("other-bert"), seed=1)
 
 
+@pytest.fixture(scope="session")
+def exported_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """The directory that `tiny_bert` was exported into; not to be written to."""
+    from builders.encoder import export_encoder
+
+    directory = tmp_path_factory.mktemp("encoder")
+    export_encoder(str(tiny_bert), directory)
+    return directory
+
+
 def make_tiny_bert(directory: Path, seed: int) -> Path:
     # Imported here, so that the runtime's tests also run where only the runtime is installed.
     import tokenizers

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 from rich.table import Table
@@ -73,12 +74,20 @@ ServingOption = Annotated[
     str | None,
     typer.Option("--triton", help="host:port of a running Triton on that repository: it switches to the new version."),
 ]
+LOOKBACK = typer.Option(help="Newest behaviors in which feedback to similar items is looked up.", min=1)
+LookbackOption = Annotated[int, LOOKBACK]
 RefitOption = Annotated[
     bool,
     typer.Option(
         "--refit-pca", help="Fit the PCA anew, not keep that of the last build in --output: every vector is remade."
     ),
 ]
+
+_BACKBONE_HELP = (
+    "LR, DNN, DCN, DCNv2, DeepFM, xDeepFM, AutoInt, FiBiNet, DIN, DIEN, or one of your own as package.module:Class."
+)
+_FUSION_HELP = "paper: the interest is one more feature (Eq. 7). matched: it also meets the candidate's own text."
+Fusion: TypeAlias = Literal["paper", "matched"]
 
 building = typer.Typer()
 application.add_typer(building, name="build")
@@ -98,8 +107,11 @@ def build(
     encoder: Annotated[
         str | None, typer.Option(help="BERT checkpoint: a directory or a hub name. Default: the embedded MiniLM.")
     ] = None,
+    backbone: Annotated[str, typer.Option(help=_BACKBONE_HELP)] = "DIEN",
+    fusion: Annotated[Fusion, typer.Option(help=_FUSION_HELP)] = "matched",
     dimension: Annotated[int, typer.Option(help="d: size of representations and interest.", min=1)] = 32,
     history: Annotated[int, typer.Option(help="T: newest behaviors the backbone reads.", min=1)] = 20,
+    lookback: LookbackOption = 200,
     refit_pca: RefitOption = False,
     seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.")] = 1,
 ) -> None:
@@ -116,13 +128,22 @@ def build(
 
         dataset = load(data)
         # Later, for it takes seconds: a mistyped path is told at once.
+        _require_backbone(backbone)
         from builders.build import BuildSettings
         from builders.build import build as build_bundle
         from builders.priority import lower_priority
     from liber_runtime.writers.statistical import StatisticalWriter
 
     lower_priority()
-    settings = BuildSettings(dimension=dimension, history_length=history, seed=seed, refit_pca=refit_pca)
+    settings = BuildSettings(
+        backbone=backbone,
+        fusion=fusion,
+        dimension=dimension,
+        history_length=history,
+        lookback=max(lookback, history),
+        seed=seed,
+        refit_pca=refit_pca,
+    )
     if encoder is not None:
         settings = dataclasses.replace(settings, encoder=encoder)
     with opened(store, condition, create=True) as memory:
@@ -143,8 +164,11 @@ def reencode(
             help="BERT checkpoint: a directory or a hub name. What is not given stays as the bundle in --output has it."
         ),
     ] = None,
+    backbone: Annotated[str | None, typer.Option(help=_BACKBONE_HELP)] = None,
+    fusion: Annotated[Fusion | None, typer.Option(help=_FUSION_HELP)] = None,
     dimension: Annotated[int | None, typer.Option(help="d: size of representations and interest.", min=1)] = None,
     history: Annotated[int | None, typer.Option(help="T: newest behaviors the backbone reads.", min=1)] = None,
+    lookback: Annotated[int | None, LOOKBACK] = None,
     refit_pca: RefitOption = False,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
 ) -> None:
@@ -161,23 +185,36 @@ def reencode(
         from builders.build import BuildSettings
         from builders.build import reencode as reencode_store
         from builders.priority import lower_priority
+    from liber_runtime.writers.statistical import StatisticalWriter
 
     lower_priority()
     before = output_directory / "bundle"
     settings = BuildSettings(refit_pca=refit_pca)
     if before.is_dir():
         kept = Manifest.load(before)
-        settings = dataclasses.replace(
-            settings,
-            encoder=kept.encoder.name,
-            dimension=kept.dimension,
-            history_length=kept.history_length,
-            seed=kept.seed,
-        )
-    given: dict[str, Any] = {"encoder": encoder, "dimension": dimension, "history_length": history, "seed": seed}
+        was: dict[str, Any] = {
+            "backbone": kept.backbone,
+            "fusion": kept.fusion,
+            "encoder": kept.encoder.name,
+            "dimension": kept.dimension,
+            "history_length": kept.history_length,
+            "lookback": kept.lookback,
+            "seed": kept.seed,
+        }
+        settings = dataclasses.replace(settings, **was)
+    given: dict[str, Any] = {
+        "backbone": backbone,
+        "fusion": fusion,
+        "encoder": encoder,
+        "dimension": dimension,
+        "history_length": history,
+        "lookback": lookback,
+        "seed": seed,
+    }
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
+    _require_backbone(settings.backbone)
     with opened(store) as memory:
-        manifest, result = reencode_store(memory, output_directory, settings)
+        manifest, result = reencode_store(memory, StatisticalWriter(), output_directory, settings)
         _tell_result(manifest, result, output_directory)
         _bring_into_service(memory, manifest, before, repository, triton)
 
@@ -213,6 +250,19 @@ def _refuse_misplaced(context: typer.Context) -> None:
                 f"{parameter.opts[0]} stands before {context.invoked_subcommand!r}; write `liber build "
                 f"{context.invoked_subcommand} {parameter.opts[0]} ...`"
             )
+
+
+def _require_backbone(name: str) -> None:
+    """Finds a backbone before hours of work, one of someone's own also in the current directory.
+
+    A console script has its own directory on the path in place of the current one. That goes last, so that no file in
+    it stands before an installed package.
+    """
+    if ":" in name and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    from builders.models import find_backbone
+
+    find_backbone(name)
 
 
 def _require_repository(repository: Path | None, triton: str | None) -> None:

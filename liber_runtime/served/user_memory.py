@@ -30,7 +30,7 @@ class FoldedRequest:
 class UserMemoryModel:
     """Reads the store once per distinct user of a batch and maps everything to the bundle's indices.
 
-    Outputs, per request: ``item_index`` int32[1,N], ``history_item`` and ``history_feedback`` int32[1,U,T],
+    Outputs, per request: ``item_index`` int32[1,N], ``history_item`` and ``history_feedback`` int32[1,U,L],
     ``history_length`` int32[1,U], ``profile`` int32[1,U,P], ``representations`` float32[1,U,J,d],
     ``partition_mask`` bool[1,U,J] (J is at least 1: Triton moves no empty tensors), ``user_known`` bool[1,U] and
     ``item_known`` bool[1,N]. Vectors are those of the bundle's own encoding, whatever others the store holds; one that
@@ -78,7 +78,7 @@ class UserMemoryModel:
 
     def _read(self, users: list[str]) -> dict[str, UserMemory | None]:
         manifest = self._manifest
-        read = self._store.read(users, manifest.history_length, manifest.max_partitions, manifest.fingerprint)
+        read = self._store.read(users, manifest.lookback, manifest.max_partitions, manifest.fingerprint)
         return dict(zip(users, read, strict=True))
 
     def _outcome(self, request: FoldedRequest, memories: dict[str, UserMemory | None]) -> Outcome:
@@ -103,7 +103,7 @@ class UserMemoryModel:
 
     def _history(self, held: Sequence[UserMemory | None]) -> dict[str, npt.NDArray[Any]]:
         lengths = np.array([len(memory.history) if memory else 0 for memory in held], dtype=np.int32)
-        valid = np.arange(self._manifest.history_length) < lengths[:, np.newaxis]
+        valid = np.arange(self._manifest.lookback) < lengths[:, np.newaxis]
         behaviors = [behavior for memory in held if memory for behavior in memory.history]
         items = np.zeros(valid.shape, dtype=np.int32)
         feedback = np.zeros(valid.shape, dtype=np.int32)

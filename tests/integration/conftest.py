@@ -18,6 +18,7 @@ import torch
 
 from builders.build import BuildSettings, build
 from builders.datasets import Dataset, sample
+from builders.hyperparameters import Hyperparameters
 from builders.repository import publish
 from builders.train import TrainingSettings
 from liber_runtime.bundle import Manifest
@@ -70,7 +71,7 @@ def build_small(directory: Path, encoder: Path, seed: int = 1) -> Built:
         dimension=8,
         history_length=10,
         seed=seed,
-        training=TrainingSettings(max_epochs=1, batch_size=256),
+        hyperparameters=Hyperparameters(TrainingSettings(max_epochs=1, batch_sizes=(256,))),
     )
     url = f"sqlite:///{directory / 'memory.db'}"
     store = open_store(url)

@@ -251,6 +251,21 @@ class TestOwnData:
         after = done("score", "u1", "m1", "--json", "--triton", world.triton, directory=directory)
         assert json.loads(after)["ranking"] != json.loads(before)["ranking"]
 
+    def test_a_backbone_of_ones_own_is_trained_exported_and_served(self, world: World) -> None:
+        page = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text("utf-8")
+        (world.directory / "my_model.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+        scored = ("score", "u1", *list(world.dataset.items)[:6], "--json", "--triton", world.triton)
+        before = json.loads(done(*scored, directory=world.directory))
+        place = ("--store", "sqlite:///memory.db", "--output", "build", "--repository", "models")
+        options = ("--backbone", "my_model:MyModel", "--fusion", "paper", "--triton", world.triton)
+        done("build", "re-encode", *place, *options, directory=world.directory)
+        manifest = json.loads((world.directory / "build" / "bundle" / "manifest.json").read_text())
+        assert (manifest["backbone"], manifest["fusion"]) == ("my_model:MyModel", "paper")
+        after = json.loads(done(*scored, directory=world.directory))
+        assert after["ranking"] != before["ranking"]
+        assert {each["item"] for each in after["ranking"]} == {each["item"] for each in before["ranking"]}
+        assert all(0 < each["click_probability"] < 1 for each in after["ranking"])
+
     def test_catalogue_and_profiles_alone(self, world: World, tmp_path: Path) -> None:
         data = world.directory / "data"
         tables = ("--items", data / "items.csv", "--domain", data / "domain.json", "--users", data / "users.csv")
@@ -347,6 +362,29 @@ class TestRefusals:
         for command in (("build",), ("build", "re-encode")):
             assert "--triton needs --repository" in refused(*command, "--triton", "127.0.0.1:1", directory=tmp_path)
         assert not list(tmp_path.iterdir())
+
+    def test_a_backbone_nobody_knows(self, tmp_path: Path) -> None:
+        error = refused("build", "--backbone", "DINE", directory=tmp_path)
+        assert error.startswith("error: backbone 'DINE' is unknown; there are LR, DNN, ")
+        assert error.endswith("or name your own as package.module:Class")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_backbone_of_ones_own_is_found_in_the_current_directory(self, tmp_path: Path) -> None:
+        """A console script has its own directory on the path, not the current one, as `python -m` has."""
+        (tmp_path / "bin").mkdir()
+        script = tmp_path / "bin" / "liber"
+        script.write_text("from liber_runtime.cli import main\nmain()\n")
+        (tmp_path / "own_model.py").write_text("class Model: ...\n")
+        ended = subprocess.run(
+            [sys.executable, script, "build", "--backbone", "own_model:Model"],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+        )
+        assert ended.returncode == 1
+        assert ended.stderr.startswith("error: backbone 'own_model:Model' is no torch.nn.Module")
 
     def test_options_before_a_subcommand_are_not_ignored(self, tmp_path: Path) -> None:
         assert refused("build", "--dimension", 8, "re-encode", directory=tmp_path) == (

@@ -141,7 +141,7 @@ def test_requests_are_answered_from_the_old_vectors_and_then_from_the_new_ones(
     with opened(built) as store, ScoringClient(system.url) as client:
         before, old = held(store), questions.ask(client)
         with Traffic(system, questions) as traffic:
-            manifest, _ = reencode(store, built.directory, settings)
+            manifest, _ = reencode(store, StatisticalWriter(), built.directory, settings)
             assert store.statistics().encodings == {built.manifest.fingerprint, manifest.fingerprint}
             deploy(built.bundle, system.repository, system.url)
             switch(store, manifest.fingerprint)
@@ -210,7 +210,7 @@ def test_an_interrupted_one_goes_on_where_it_was(built: Built, tmp_path: Path, m
     monkeypatch.setattr(embedding.EmbeddingCache, "put", put_and_stop)
     with opened(copied) as store:
         with contextlib.suppress(_StopError):
-            reencode(store, copied.directory, settings)
+            reencode(store, StatisticalWriter(), copied.directory, settings)
         assert batches >= 4
         stopped = len(embedded)
         pairs = {
@@ -224,19 +224,20 @@ def test_an_interrupted_one_goes_on_where_it_was(built: Built, tmp_path: Path, m
         (read,) = store.read([user], 0, 40, copied.manifest.fingerprint)
         assert read is not None
         assert not read.foreign
-        manifest, _ = reencode(store, copied.directory, settings)
+        manifest, _ = reencode(store, StatisticalWriter(), copied.directory, settings)
         assert manifest.fingerprint != copied.manifest.fingerprint
-        assert len(embedded) == len(set(embedded)) == len(pairs)
+        # Of the partitions and, as r̂ meets them, of the items.
+        assert len(embedded) == len(set(embedded)) == len(pairs) + len(built.dataset.items)
         # Nothing is left to do: the same again makes the same bundle and encodes nothing.
-        again, _ = reencode(store, copied.directory, settings)
+        again, _ = reencode(store, StatisticalWriter(), copied.directory, settings)
         assert again.bundle_id == manifest.bundle_id
-        assert len(embedded) == len(pairs)
+        assert len(embedded) == len(pairs) + len(built.dataset.items)
 
 
 def test_it_learns_what_a_build_from_the_log_learns(built: Built, tmp_path: Path) -> None:
     copied = copy_build(built, tmp_path / "built")
     with opened(copied) as store:
-        again, _ = reencode(store, copied.directory, copied.settings)
+        again, _ = reencode(store, StatisticalWriter(), copied.directory, copied.settings)
         assert store.statistics().encodings == {copied.manifest.fingerprint}
     assert again.fingerprint == copied.manifest.fingerprint
     assert again.bundle_id == copied.manifest.bundle_id
@@ -247,7 +248,7 @@ def test_a_refitted_pca_is_fitted_once(built: Built, tmp_path: Path) -> None:
     copied = copy_build(built, tmp_path / "built")
     settings = dataclasses.replace(copied.settings, refit_pca=True, dimension=5)
     with opened(copied) as store:
-        first, _ = reencode(store, copied.directory, settings)
+        first, _ = reencode(store, StatisticalWriter(), copied.directory, settings)
         assert store.statistics().encodings == {copied.manifest.fingerprint, first.fingerprint}
         with pytest.raises(ConfigurationError, match=r"reads vectors of encoder and PCA f00, the store has those of"):
             switch(store, "f00")

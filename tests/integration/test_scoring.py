@@ -13,18 +13,20 @@ import tritonclient.grpc
 from conftest import Built, Running
 from tritonclient.utils import InferenceServerException
 
-from builders.build import make_liber, prepare, read_vectors
+from builders.assembly import with_knowledge
+from builders.build import Knowledge, fit_for, know_items, make_liber, prepare, read_vectors
 from builders.build import train_once as load_trained
 from builders.datasets import Dataset
 from builders.replay import Samples, replay, split
 from builders.repository import BUNDLE_ENSEMBLES
+from builders.statistics import compute_numbers
 from builders.train import Index, TrainingData, predict
-from builders.vocabulary import fit
 from liber_runtime.exceptions import InvalidInputError, ScoringError
 from liber_runtime.memory import MemoryStore
 from liber_runtime.model_control import load_models
 from liber_runtime.scoring import AsyncScoringClient, ScoringClient
 from liber_runtime.settings import Settings
+from liber_runtime.writers.statistical import StatisticalWriter
 
 
 def users_of(built: Built) -> list[str]:
@@ -45,15 +47,21 @@ class TestAnswers:
         """
         samples = replay(built.dataset, store.condition, built.settings.minimum)
         parts = split(samples)
-        vocabulary = fit(built.dataset, built.dataset.behaviors[: samples.behavior[parts.test[0]]])
-        knowledge = type("Knowledge", (), {"fingerprint": built.manifest.fingerprint})()
+        settings = built.settings
+        kept = built.directory / "knowledge"
+        knowledge = Knowledge(kept, built.manifest.encoder, built.manifest.fingerprint, built.manifest.writers)
+        fitted = fit_for(built.dataset, samples, parts, settings)
+        items = know_items(built.dataset, StatisticalWriter(), knowledge, fitted, settings)
+        fitted = with_knowledge(fitted, samples, parts, items)
 
         def seen(dataset: Dataset, replayed: Samples, rows: Index) -> TrainingData:
             vectors = read_vectors(store, replayed, rows, knowledge, built.settings)
-            return prepare(vectors, dataset, replayed, rows, vocabulary, built.settings)
+            served, trained = fitted.numbers.served, replayed is samples
+            numbers = compute_numbers(served, replayed, rows, fitted.vocabulary, settings.lookback)
+            return prepare(vectors, dataset, replayed, rows, fitted, None if trained else numbers)
 
         data = seen(built.dataset, samples, parts.training_part)
-        model = make_liber(vocabulary, built.settings)
+        model = make_liber(fitted, items, settings)
         load_trained("liber", model, data, parts, built.settings, built.directory / "models")
         longer = _with_one_more_behavior_each(built, store)
         again = replay(longer, store.condition, built.settings.minimum)

@@ -30,6 +30,8 @@ def make_bundle(directory: Path, content: str = "content", seed: int = 1) -> Man
         fingerprint="f",
         dimension=4,
         history_length=6,
+        lookback=12,
+        fusion="matched",
         max_partitions=3,
         backbone="DIEN",
         writers=("statistical",),

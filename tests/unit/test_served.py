@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from model_harness import make_statistics
 
-from builders.encoder import PooledEncoder, _load, export_encoder
+from builders.encoder import PooledEncoder, _load
 from builders.export import export_backbone, export_fuser
-from builders.models.dien import DIEN
+from builders.models import make_backbone
+from builders.models.backbone import Ranker
+from builders.models.features import FeatureEmbedding, Inputs
 from builders.models.fuser import AttentionFuser
+from builders.models.numbers import Numbers
 from builders.pca import fingerprint, fit_pca
 from liber_runtime.behavior import Behavior, Domain, Item
 from liber_runtime.bundle import BACKBONE, FUSER, PCA, EncoderSpec, Manifest
@@ -29,7 +33,7 @@ from liber_runtime.vocabulary import Field, Vocabulary
 from liber_runtime.worker import Worker
 from liber_runtime.writers.statistical import StatisticalWriter
 
-D, T = 4, 6
+D, T, LOOKBACK = 4, 6, 15
 
 FEEDBACK = Field(name="feedback", kind="number", boundaries=(1.5, 2.5, 3.5, 4.5))
 VOCABULARY = Vocabulary(
@@ -41,7 +45,7 @@ VOCABULARY = Vocabulary(
 DOMAIN = Domain("films", "movie", "stars", (1, 5), 3, ("genre",))
 
 
-def manifest(fingerprint: str = "abc") -> Manifest:
+def manifest(fingerprint: str = "abc", lookback: int = T) -> Manifest:
     return Manifest(
         format=1,
         bundle_id="b",
@@ -51,6 +55,8 @@ def manifest(fingerprint: str = "abc") -> Manifest:
         fingerprint=fingerprint,
         dimension=D,
         history_length=T,
+        lookback=lookback,
+        fusion="matched",
         max_partitions=3,
         backbone="DIEN",
         writers=("statistical",),
@@ -103,8 +109,8 @@ async def encoded(store: MemoryStore) -> MemoryStore:
     return store
 
 
-def make_step(store: MemoryStore, **settings: int) -> UserMemoryModel:
-    return UserMemoryModel(store, VOCABULARY, manifest(), Settings(**settings))
+def make_step(store: MemoryStore, lookback: int = T) -> UserMemoryModel:
+    return UserMemoryModel(store, VOCABULARY, manifest(lookback=lookback), Settings())
 
 
 def test_user_memory_maps_what_the_store_holds(encoded: MemoryStore) -> None:
@@ -121,6 +127,18 @@ def test_user_memory_maps_what_the_store_holds(encoded: MemoryStore) -> None:
     assert outcome["representations"].shape == (1, 2, 3, D)
     assert outcome["partition_mask"].tolist() == [[[True] * 3, [False] * 3]]
     assert not outcome["representations"][0, 1].any()
+
+
+def test_a_history_is_as_long_as_the_bundle_looks_back_whatever_its_backbone_reads(encoded: MemoryStore) -> None:
+    model = make_step(encoded, lookback=LOOKBACK)
+    (outcome,) = model.run([request([b"long", b"short", b"nobody"], [b"i3"], [0])])
+    assert isinstance(outcome, dict)
+    assert outcome["history_length"].tolist() == [[LOOKBACK, 2, 0]]
+    assert outcome["history_item"].shape == outcome["history_feedback"].shape == (1, 3, LOOKBACK)
+    assert outcome["history_item"][0, 0].tolist() == [n % 30 + 1 for n in range(105 - LOOKBACK, 105)]
+    assert outcome["history_feedback"][0, 0].tolist() == [n % 5 + 1 for n in range(105 - LOOKBACK, 105)]
+    assert outcome["history_item"][0, 1].tolist() == [2] + [0] * (LOOKBACK - 1)
+    assert not outcome["history_item"][0, 2].any()
 
 
 def test_a_user_of_whom_nothing_is_held_is_empty_not_an_error(encoded: MemoryStore) -> None:
@@ -169,48 +187,71 @@ def test_unusable_requests_are_named(tensors: dict[str, np.ndarray], message: st
         check(tensors, Settings(max_users=5, max_candidates=10))
 
 
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("graphs")
+def make_ranker(lookback: int) -> Ranker:
     torch.manual_seed(0)
-    table = np.zeros((31, 1), dtype=np.int32)
-    table[1:, 0] = np.arange(1, 31)
-    model = DIEN(table, (), VOCABULARY.user_fields, FEEDBACK, history_size=T, interest_size=D, embedding_dim=4)
-    export_fuser(AttentionFuser(D), directory / FUSER)
+    table = np.arange(len(VOCABULARY.items) + 1, dtype=np.int32)[:, np.newaxis]
+    features = FeatureEmbedding(
+        VOCABULARY,
+        table,
+        Numbers(make_statistics(len(VOCABULARY.items)), T),
+        history_length=T,
+        lookback=lookback,
+        embedding_dim=4,
+        interest_size=D,
+    )
+    return Ranker(features, make_backbone("DIEN", features.schema), AttentionFuser(D)).eval()
+
+
+@pytest.fixture(scope="module", params=[T, LOOKBACK], ids=["reads-all", "looks-back"])
+def graphs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Ranker, Path]:
+    """A trained model and what is served of it, with and without a history longer than its backbone reads."""
+    directory = tmp_path_factory.mktemp("graphs")
+    model = make_ranker(request.param)
+    assert model.fuser is not None
+    export_fuser(model.fuser, directory / FUSER)
     export_backbone(model, directory / BACKBONE)
-    return directory
+    return model, directory
 
 
-def test_merged_requests_are_answered_as_if_alone(encoded: MemoryStore, graphs: Path) -> None:
+def score(memory: UserMemoryModel, graphs: Path, requests: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+    """The three steps of the ensemble."""
+    tensors = memory.run(requests)
+    interest = AttentionFuserModel.load(graphs).run(tensors)
+    merged = [
+        {**read, **fused, "user_index": sent["user_index"]}
+        for read, fused, sent in zip(tensors, interest, requests, strict=True)
+    ]
+    return [outcome["click_probability"] for outcome in BackboneModel.load(graphs).run(merged)]
+
+
+def test_merged_requests_are_answered_as_if_alone(encoded: MemoryStore, graphs: tuple[Ranker, Path]) -> None:
     batch = [
         request([b"long", b"short"], [b"i3", b"i4", b"i0"], [0, 1, 0]),
         request([b"nobody"], [b"i7"], [0]),
         request([b"short", b"long"], [b"i9"] * 4, [1, 1, 0, 0]),
     ]
-    memory = make_step(encoded)
-    fuser, backbone = AttentionFuserModel.load(graphs), BackboneModel.load(graphs)
-
-    def score(requests: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
-        tensors = memory.run(requests)
-        interest = fuser.run(tensors)
-        merged = [
-            {**read, **fused, "user_index": sent["user_index"]}
-            for read, fused, sent in zip(tensors, interest, requests, strict=True)
-        ]
-        return [outcome["click_probability"] for outcome in backbone.run(merged)]
-
-    together = score(batch)
-    alone = [score([each])[0] for each in batch]
+    model, directory = graphs
+    memory = make_step(encoded, model.features.lookback)
+    together = score(memory, directory, batch)
+    alone = [score(memory, directory, [each])[0] for each in batch]
     assert [answer.shape for answer in together] == [(1, 3), (1, 1), (1, 4)]
     for merged, single in zip(together, alone, strict=True):
         np.testing.assert_allclose(merged, single, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
-    directory = tmp_path_factory.mktemp("encoder")
-    export_encoder(str(tiny_bert), directory)
-    return directory
+def test_what_is_served_is_what_the_trained_model_says(encoded: MemoryStore, graphs: tuple[Ranker, Path]) -> None:
+    model, directory = graphs
+    memory = make_step(encoded, model.features.lookback)
+    sent = request([b"long", b"short", b"nobody"], [b"i3", b"i4", b"new"] * 3, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    (served,) = score(memory, directory, [sent])
+    (read,) = memory.run([sent])
+    assert isinstance(read, dict)
+    tensors = {name: torch.from_numpy(array[0]) for name, array in {**read, **sent}.items() if array.dtype != object}
+    inputs = Inputs(**{name: tensors[name] for name in Inputs._fields if name in tensors})
+    with torch.inference_mode():
+        expected = model(inputs, tensors["representations"], tensors["partition_mask"]).sigmoid().numpy()
+    np.testing.assert_allclose(served[0], expected, atol=1e-5)
+    assert served.std() > 1e-4
 
 
 def texts(*pairs: tuple[str, str]) -> dict[str, np.ndarray]:
@@ -221,19 +262,19 @@ def texts(*pairs: tuple[str, str]) -> dict[str, np.ndarray]:
     }
 
 
-def embed(exported: Path, *pairs: tuple[str, str]) -> np.ndarray:
-    (tokens,) = TokenizerModel.load(exported).run([texts(*pairs)])
+def embed(exported_encoder: Path, *pairs: tuple[str, str]) -> np.ndarray:
+    (tokens,) = TokenizerModel.load(exported_encoder).run([texts(*pairs)])
     assert isinstance(tokens, dict)
-    (embedding,) = EncoderModel.load(exported).run([tokens])
+    (embedding,) = EncoderModel.load(exported_encoder).run([tokens])
     assert isinstance(embedding, dict)
     return embedding["text_embedding"]
 
 
-def test_long_texts_are_read_in_chunks_of_at_most_the_encoders_length(exported: Path) -> None:
+def test_long_texts_are_read_in_chunks_of_at_most_the_encoders_length(exported_encoder: Path) -> None:
     long = "level average stars liked " * 100
-    (tokens,) = TokenizerModel.load(exported).run([texts((long, "new"), ("liked", ""))])
+    (tokens,) = TokenizerModel.load(exported_encoder).run([texts((long, "new"), ("liked", ""))])
     assert isinstance(tokens, dict)
-    spec = EncoderSpec.load(exported)
+    spec = EncoderSpec.load(exported_encoder)
     assert tokens["input_ids"].shape[1] == spec.max_tokens == 64
     assert tokens["chunk_owner"].tolist() == [0] * 7 + [1]
     lengths = tokens["attention_mask"].sum(axis=1)
@@ -242,11 +283,11 @@ def test_long_texts_are_read_in_chunks_of_at_most_the_encoders_length(exported: 
     assert all(row[length - 1] == spec.end_id for row, length in zip(tokens["input_ids"], lengths, strict=True))
 
 
-def test_embedding_is_the_masked_mean_over_all_chunks(exported: Path, tiny_bert: Path) -> None:
+def test_embedding_is_the_masked_mean_over_all_chunks(exported_encoder: Path, tiny_bert: Path) -> None:
     long, shift = "level average stars liked " * 40, "new gone risen"
-    pooled = embed(exported, (long, shift), ("liked", ""))
+    pooled = embed(exported_encoder, (long, shift), ("liked", ""))
     bert, tokenizer = _load(str(tiny_bert))
-    spec = EncoderSpec.load(exported)
+    spec = EncoderSpec.load(exported_encoder)
 
     def states_of(ids: list[int]) -> torch.Tensor:
         room = spec.max_tokens - 2
@@ -265,15 +306,15 @@ def test_embedding_is_the_masked_mean_over_all_chunks(exported: Path, tiny_bert:
     np.testing.assert_allclose(pooled, np.stack([first, second]), atol=1e-5)
 
 
-def test_neighbours_and_padding_do_not_change_an_embedding(exported: Path) -> None:
+def test_neighbours_and_padding_do_not_change_an_embedding(exported_encoder: Path) -> None:
     pair = ("level liked", "new gone")
-    alone = embed(exported, pair)[0]
-    beside = embed(exported, ("average stars " * 60, "risen"), pair, ("", ""))[1]
+    alone = embed(exported_encoder, pair)[0]
+    beside = embed(exported_encoder, ("average stars " * 60, "risen"), pair, ("", ""))[1]
     np.testing.assert_allclose(alone, beside, atol=1e-5)
 
 
-def test_empty_texts_have_an_embedding(exported: Path) -> None:
-    assert np.isfinite(embed(exported, ("", ""))).all()
+def test_empty_texts_have_an_embedding(exported_encoder: Path) -> None:
+    assert np.isfinite(embed(exported_encoder, ("", ""))).all()
 
 
 @pytest.mark.parametrize(
@@ -283,17 +324,17 @@ def test_empty_texts_have_an_embedding(exported: Path) -> None:
         (texts(("a", "b")) | {"summary": np.array([b"\xff"], dtype=np.object_)}, r"summary\[0\] is not UTF-8"),
     ],
 )
-def test_unusable_texts_are_named(exported: Path, tensors: dict[str, np.ndarray], message: str) -> None:
-    (outcome,) = TokenizerModel.load(exported).run([tensors])
+def test_unusable_texts_are_named(exported_encoder: Path, tensors: dict[str, np.ndarray], message: str) -> None:
+    (outcome,) = TokenizerModel.load(exported_encoder).run([tensors])
     assert isinstance(outcome, InvalidInputError)
     assert re.search(message, str(outcome))
 
 
-def test_projection_is_the_fitted_pca_and_names_it(tmp_path: Path, exported: Path) -> None:
+def test_projection_is_the_fitted_pca_and_names_it(tmp_path: Path, exported_encoder: Path) -> None:
     random = np.random.default_rng(0)
     rows = (random.normal(size=(200, 3)) @ random.normal(size=(3, 32)) + 5).astype(np.float32)
     fit_pca(rows, 3, tmp_path / PCA)
-    mark = fingerprint(EncoderSpec.load(exported), tmp_path / PCA)
+    mark = fingerprint(EncoderSpec.load(exported_encoder), tmp_path / PCA)
     (outcome,) = ProjectionModel(OnnxSession(tmp_path / PCA, threads=1), mark).run([{"text_embedding": rows}])
     assert isinstance(outcome, dict)
     projected = outcome["representation"]
