@@ -235,6 +235,71 @@ def draw_seconds(seconds: Mapping[str, float]) -> str:
         return _to_svg(figure, "seconds")
 
 
+def draw_backbones(rows: Sequence[Mapping[str, Any]]) -> str:
+    """AUC and log loss of every backbone alone and with LIBER: means, standard deviations, and the paper's.
+
+    Dots, not bars: the axes do not begin at 0.
+
+    Args:
+        rows: of `bench.quality`, with ``backbone``, ``variant``, ``auc_mean``, ``auc_std``, ``paper_auc`` and the same
+            of ``logloss``; those of other variants than ``base`` and ``liber`` are left out.
+    """
+    shown = [row for row in rows if row["variant"] in ("base", "liber")]
+    names = list(dict.fromkeys(row["backbone"] for row in shown))
+    with _style("backbones"):
+        figure = Figure(figsize=(_WIDTH, 1.6 + 0.45 * len(names)), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        titles = {"auc": "AUC (higher is better)", "logloss": "Log loss (lower is better)"}
+        for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+            for row in shown:
+                is_base = row["variant"] == "base"
+                place = names.index(row["backbone"]) + (-0.14 if is_base else 0.14)
+                _draw_spread(axes, row, metric, place, _BASE if is_base else _LIBER)
+            _list_rows(axes, names)
+            axes.margins(x=0.08)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+            axes.set_title(title)
+        for label, color, marker in (("base", _BASE, "o"), ("LIBER", _LIBER, "o"), ("paper", _PAPER, "D")):
+            if marker == "o" or any(row["paper_auc"] is not None for row in shown):
+                panels[0].plot([], [], marker, color=color, label=label)
+        figure.legend(loc="outside lower center", ncols=3)
+        return _to_svg(figure, "backbones")
+
+
+def draw_variants(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """Figure 4: AUC and log loss of one backbone's variants, means and standard deviations, and the paper's.
+
+    Args:
+        rows: as for `draw_backbones`, of one backbone, in the order to show them in.
+        names: of the variants.
+    """
+    with _style("variants"):
+        figure = Figure(figsize=(_WIDTH, 1.3 + 0.4 * len(rows)), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        titles = {"auc": "AUC (higher is better)", "logloss": "Log loss (lower is better)"}
+        for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+            for place, row in enumerate(rows):
+                color = {"base": _BASE, "liber": _LIBER}.get(row["variant"], _MUTED)
+                _draw_spread(axes, row, metric, place, color)
+            _list_rows(axes, [names[row["variant"]] for row in rows])
+            axes.margins(x=0.08)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+            axes.set_title(title)
+        return _to_svg(figure, "variants")
+
+
+def standalone(svg: str) -> str:
+    """A plot as a file of its own: with the colors that it would take from the page, and the page's ground."""
+    style = (
+        "<style>svg{--ink:#1a2027;--muted:#57636f;--line:#d9dfe5;--surface:#ffffff;--base:#75828f;--liber:#0a62c4;"
+        "--paper:#b25f00;background:var(--surface);font-family:sans-serif}@media (prefers-color-scheme:dark){svg{"
+        "--ink:#e7ebef;--muted:#9faab6;--line:#333c46;--surface:#171c22;--base:#97a4b1;--liber:#62adff;"
+        "--paper:#f2ad5c}}</style>"
+    )
+    end = svg.index(">", svg.index("<svg")) + 1
+    return svg[:end] + style + svg[end:]
+
+
 def format_seconds(seconds: float) -> str:
     """Three digits, in milliseconds below a second."""
     return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
@@ -248,6 +313,14 @@ def _draw_dots(axes: Axes, rows: Sequence[tuple[str, float, str, str, bool]]) ->
     _list_rows(axes, [row[0] for row in rows])
     axes.margins(x=0.28)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+
+
+def _draw_spread(axes: Axes, row: Mapping[str, Any], metric: str, place: float, color: str) -> None:
+    mean, deviation = row[f"{metric}_mean"], row[f"{metric}_std"] or 0.0
+    axes.plot([mean - deviation, mean + deviation], [place, place], color=color, linewidth=2)
+    axes.plot([mean], [place], "o", color=color, markersize=8)
+    if row[f"paper_{metric}"] is not None:
+        axes.plot([row[f"paper_{metric}"]], [place], "D", color=_PAPER, markersize=6, fillstyle="none")
 
 
 def _annotate(axes: Axes, x: float, y: float, text: str) -> None:
