@@ -45,12 +45,13 @@ def test_a_checkpoint_that_is_no_bert_is_refused(tiny_bert: Path, tmp_path: Path
         export_encoder(str(checkpoint), tmp_path / "out")
 
 
-def test_an_encoder_is_exported_once(tiny_bert: Path, other_bert: Path, tmp_path: Path) -> None:
-    first = export_encoder(str(tiny_bert), tmp_path)
-    made = (tmp_path / ENCODER).stat().st_mtime_ns
+def test_an_encoder_is_exported_once(tiny_bert: Path, other_bert: Path, exported_encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported_encoder, tmp_path, dirs_exist_ok=True)
+    first, made = EncoderSpec.load(tmp_path), (tmp_path / ENCODER).stat().st_mtime_ns
     assert export_encoder(str(tiny_bert), tmp_path) == first == EncoderSpec.load(tmp_path)
     assert (tmp_path / ENCODER).stat().st_mtime_ns == made
     other = export_encoder(str(other_bert), tmp_path)
+    assert other == EncoderSpec.load(tmp_path)
     assert other.digest != first.digest
     assert (tmp_path / ENCODER).stat().st_mtime_ns != made
 
