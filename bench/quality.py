@@ -144,7 +144,7 @@ def describe(
     calls = {
         variant: calls_per_user(find_variant(name), samples, settings.refresh)
         for variant, name in texts.items()
-        if name
+        if name and FUSIONS[variant][1] != "items"
     }
     return {
         "data": {

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -406,7 +407,9 @@ def test_a_second_signal_ends_a_worker_at_once(tmp_path: Path) -> None:
     store.append([Behavior("slow", "item-0", 600.0, 1e9, "b")])
     process = slow_worker(path, calls=1)
     process.send_signal(signal.SIGTERM)
+    # Again, for the first may not be handled yet; with pauses, or the worker would do nothing but take signals.
     while process.poll() is None:
+        time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
     assert process.returncode == -signal.SIGTERM
     assert process.communicate()[0] == ""
