@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -26,6 +25,7 @@ import torch
 from builders.assembly import FittedFeatures, Fusion, fit_features, make_ranker, with_knowledge
 from builders.bundle import write_bundle
 from builders.catalogue import embed_items, write_items
+from builders.checkpoint import training_key
 from builders.datasets import Dataset
 from builders.datasets.stored import load as load_stored
 from builders.embedding import Embedder, EmbeddingCache, Pair, open_encoder
@@ -38,7 +38,6 @@ from builders.pca import fit_pca
 from builders.replay import Samples, Split, replay
 from builders.replay import split as split_samples
 from builders.train import EpochResult, Index, TrainingData, TrainingResult, train
-from liber_runtime import __version__
 from liber_runtime.behavior import Behavior
 from liber_runtime.bundle import (
     BACKBONE,
@@ -348,7 +347,8 @@ def train_once(
         directory: receives ``<name>.pt``.
     """
     path = directory / f"{name}.pt"
-    key = _digest_training(model, data, settings)
+    training = settings.chosen.training
+    key = training_key(model, data, split.train, split.validation, settings.chosen, settings.seed)
     if path.is_file():
         kept = torch.load(path, weights_only=True)
         if kept["key"] == key:
@@ -356,7 +356,6 @@ def train_once(
             model.load_state_dict(kept["weights"])
             model.eval()
             return _restore_result(kept["result"])
-    training = settings.chosen.training
     directory.mkdir(parents=True, exist_ok=True)
     with progress(f"train {name}", len(split.train) * training.max_epochs) as advance:
         reached = 0
@@ -632,13 +631,3 @@ def _most_seen(samples: Samples, rows: Index) -> npt.NDArray[np.int64]:
 
 def _restore_result(kept: dict[str, Any]) -> TrainingResult:
     return TrainingResult(**{**kept, "epochs": tuple(EpochResult(**epoch) for epoch in kept["epochs"])})
-
-
-def _digest_training(model: Ranker, data: TrainingData, settings: BuildSettings) -> str:
-    digest = hashlib.sha256(f"{__version__} {settings!r}".encode())
-    for name in TrainingData.__dataclass_fields__:
-        digest.update(np.ascontiguousarray(getattr(data, name)).tobytes())
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.numpy().tobytes())
-    return digest.hexdigest()
