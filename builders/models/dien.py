@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from builders.models import functions
 from builders.models.features import Features, FeatureSchema
-from builders.models.layers import AUGRU, GRU, FoldedMLP, InterestAttention, gather_users, masked_softmax
+from builders.models.layers import AUGRU, GRU, FoldedMLP, InterestAttention, gather_users
 
 
 class DIEN(nn.Module):
@@ -52,21 +53,24 @@ class DIEN(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Logits float[N]."""
-        return self._rank(features, self.extractor(features.history))
+        return self._rank(features, self._extract(features))
 
     def forward_with_auxiliary(self, features: Features) -> tuple[Tensor, Tensor]:
         """Logits float[N] and DIEN's auxiliary loss float[] (its Eq. 6-7)."""
-        states = self.extractor(features.history)
+        states = self._extract(features)
         return self._rank(features, states), self._auxiliary_loss(features, states)
 
+    def _extract(self, features: Features) -> Tensor:
+        weight, bias, recurrent = self.extractor.weights()
+        return functions.gru(features.map_history(weight, bias), features.history_length, recurrent)
+
     def _rank(self, features: Features, states: Tensor) -> Tensor:
-        item, user_index, mask = features.candidate.flatten(1), features.user_index, features.history_mask
-        scores = self.attention(self.query(item), states, user_index)
-        attention = masked_softmax(scores, gather_users(mask, user_index, dim=1), dim=0)
-        evolved = self.evolution(states, attention, user_index)
-        valid = mask.unsqueeze(-1).to(states.dtype)
-        history = (features.history * valid).sum(0) / valid.sum(0).clamp(min=1)
-        match = item * gather_users(self.taste(history), user_index)
+        item, user_index = features.candidate.flatten(1), features.user_index
+        attention, evolution = self.attention.weights(), self.evolution.weights()
+        evolved = functions.interest_evolution(
+            self.query(item), states, features.history_length, user_index, *attention, *evolution
+        )
+        match = item * gather_users(self.taste(features.history_mean), user_index)
         candidate = torch.cat((item, match, features.pair.flatten(1), features.numbers, evolved), dim=1)
         logits: Tensor = self.mlp(features.user.flatten(1), candidate, user_index)
         return logits

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from builders.models import functions
 from builders.models.features import Features, FeatureSchema
-from builders.models.layers import FoldedMLP, InterestAttention, attention_pooling, gather_users
+from builders.models.layers import FoldedMLP, InterestAttention, gather_users
 
 
 class DIN(nn.Module):
@@ -57,13 +58,13 @@ class DIN(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Logits float[N]."""
-        item, user_index, mask = features.candidate.flatten(1), features.user_index, features.history_mask
-        steps = self.step(features.history)
-        scores = self.attention(self.query(item), steps, user_index)
-        picked = attention_pooling(scores, steps, mask, user_index, softmax=self.softmax)
-        valid = mask.unsqueeze(-1).to(steps.dtype)
-        history = (features.history * valid).sum(0) / valid.sum(0).clamp(min=1)
-        match = item * gather_users(self.taste(history), user_index)
+        item, user_index = features.candidate.flatten(1), features.user_index
+        steps = features.map_history(self.step.weight, self.step.bias)
+        attention = self.attention.weights()
+        picked = functions.local_activation(
+            self.query(item), steps, features.history_length, user_index, *attention, softmax=self.softmax
+        )
+        match = item * gather_users(self.taste(features.history_mean), user_index)
         candidate = torch.cat((item, match, features.pair.flatten(1), features.numbers, picked), dim=1)
         logits: Tensor = self.mlp(features.user.flatten(1), candidate, user_index)
         return logits

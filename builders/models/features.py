@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from builders.models import functions
 from builders.models.layers import FieldEmbedding, gather_users, newest_steps, sequence_mask
 from builders.models.meeting import Meeting
 from builders.models.numbers import Numbers
@@ -80,6 +81,22 @@ class FeatureSchema:
         return (len(self.candidate) + 1) * self.embedding_dim
 
 
+class Lookup(NamedTuple):
+    """Steps of histories as what they are looked up from; a step is its item's row beside its feedback's.
+
+    Attributes:
+        item_table: float[I+1, A].
+        feedback_table: float[F, B].
+        history_item: int[U, T].
+        history_feedback: int[U, T].
+    """
+
+    item_table: Tensor
+    feedback_table: Tensor
+    history_item: Tensor
+    history_feedback: Tensor
+
+
 @dataclass(frozen=True)
 class Features:
     """What a backbone reads of U users and N candidates; sizes are those of the `FeatureSchema`.
@@ -91,6 +108,8 @@ class Features:
         numbers: float[N, M], of mean 0 and variance 1 over the training samples.
         history: float[T, U, S], time-major steps, oldest first: the item's fields as in `candidate`, then the feedback.
         history_mask: bool[T, U], True for real steps.
+        history_length: int[U], how many they are.
+        history_mean: float[U, S], their mean.
         user_index: int[N], whose candidate each is; None if N = U in order.
     """
 
@@ -100,11 +119,28 @@ class Features:
     numbers: Tensor
     history: Tensor
     history_mask: Tensor
+    history_length: Tensor
+    history_mean: Tensor
     user_index: Tensor | None
+
+    def map_history(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """float[T, U, H]: a linear map of every step, weight float[H, S] and bias float[H]."""
+        return functional.linear(self.history, weight, bias)
 
     def fields(self) -> Tensor:
         """float[N, C + K + F, E]: all fields of every candidate, those of its user repeated."""
         return torch.cat((self.candidate, self.pair, gather_users(self.user, self.user_index)), dim=1)
+
+
+@dataclass(frozen=True)
+class ServedFeatures(Features):
+    """Features whose history is looked up in a catalogue: a map of it is looked up too, its steps are never made."""
+
+    lookup: Lookup
+
+    def map_history(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """See `Features.map_history`."""
+        return functions.map_history(*self.lookup, weight, bias)
 
 
 class ItemEmbedding(nn.Module):
@@ -275,30 +311,42 @@ class FeatureEmbedding(nn.Module):
         feedback = self.feedback_embedding(history_feedback.t().unsqueeze(-1))
         history = torch.cat((items, feedback), dim=-1)
         mask = sequence_mask(length, steps)
-        valid = mask.unsqueeze(-1).to(history.dtype)
-        count = valid.sum(0).clamp(min=1)
-        value = self.numbers.centered_feedback(history_feedback, length).t().unsqueeze(-1)
-        user = [
-            self.profile_embedding(inputs.profile),
-            (history * valid).sum(0) / count,
-            (items * (valid * value)).sum(0) / count,
-        ]
-        # One dropout mask for all steps of a row: what is dropped stays unknown to a whole recurrence.
-        history = history * self.dropout(torch.ones_like(history[:1]))
+        value = self.numbers.centered_feedback(history_feedback, length)
+        lookup = None
+        if isinstance(self.item_embedding, nn.Embedding):
+            lookup = Lookup(
+                self.item_embedding.weight, self.feedback_embedding.table.weight, history_item, history_feedback
+            )
+            pooled = functions.pool_history(*lookup, length, value)
+            mean, tastes = pooled[:, : self.schema.step_size], pooled[:, self.schema.step_size :]
+        else:
+            valid = mask.unsqueeze(-1).to(history.dtype)
+            count = valid.sum(0).clamp(min=1)
+            mean = (history * valid).sum(0) / count
+            tastes = (items * (valid * value.t().unsqueeze(-1))).sum(0) / count
+        user = [self.profile_embedding(inputs.profile), mean, tastes]
+        if self.training:
+            # One dropout mask for all steps of a row: what is dropped stays unknown to a whole recurrence.
+            kept = self.dropout(torch.ones_like(history[:1]))
+            history, mean = history * kept, mean * kept.squeeze(0)
         if self.interest is not None:
             user.append(self.interest(inputs.interest))
         candidate = self.item_embedding(inputs.item_index)
         numbers = inputs.numbers if inputs.numbers is not None else self.numbers(inputs)
         # Not `unflatten`: its result has the size of the example wherever an exported backbone asks for its shape.
-        return Features(
-            candidate=self.dropout(candidate).view(-1, len(self.schema.candidate), size),
-            user=self.dropout(torch.cat(user, dim=1)).view(-1, len(self.schema.user), size),
-            pair=self.dropout(self._meet(inputs, candidate)),
-            numbers=numbers,
-            history=history,
-            history_mask=mask,
-            user_index=inputs.user_index,
-        )
+        filled = {
+            "candidate": self.dropout(candidate).view(-1, len(self.schema.candidate), size),
+            "user": self.dropout(torch.cat(user, dim=1)).view(-1, len(self.schema.user), size),
+            "pair": self.dropout(self._meet(inputs, candidate)),
+            "numbers": numbers,
+            "history": history,
+            "history_mask": mask,
+            "history_length": length,
+            "history_mean": mean,
+        }
+        if lookup is None:
+            return Features(**filled, user_index=inputs.user_index)
+        return ServedFeatures(**filled, user_index=inputs.user_index, lookup=lookup)
 
     def _meet(self, inputs: Inputs, candidate: Tensor) -> Tensor:
         """float[N, K, E]: fields of r̂ and the candidate's own knowledge."""

@@ -8,10 +8,13 @@ candidate each is. ``user_index=None`` means that row n belongs to user n, as in
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from builders.models import functions
 
 
 def gather_users(rows: Tensor, user_index: Tensor | None, dim: int = 0) -> Tensor:
@@ -91,7 +94,7 @@ class FieldEmbedding(nn.Module):
 
 
 class _GatedRecurrence(nn.Module):
-    """Weights and one step shared by `GRU` and `AUGRU`; input projections are one GEMM over all steps."""
+    """Weights shared by `GRU` and `AUGRU`."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -102,17 +105,11 @@ class _GatedRecurrence(nn.Module):
         for block in self.recurrent.weight.chunk(3):
             nn.init.orthogonal_(block)
 
-    def _project(self, inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        # unbind, not indexing: the gradient of one stack instead of T sums into zeros of the full size.
-        return zip(self.gates_input(inputs).unbind(), self.candidate_input(inputs).unbind(), strict=True)
-
-    def _step(self, gates: Tensor, candidate: Tensor, state: Tensor, attention: Tensor | None) -> Tensor:
-        size = self.hidden_size
-        gates_state, candidate_state = self.recurrent(state).split((2 * size, size), dim=1)
-        update, reset = (gates + gates_state).sigmoid().split(size, dim=1)
-        change = (candidate + reset * candidate_state).tanh() - state
-        next_state: Tensor = state + (update if attention is None else attention * update) * change
-        return next_state
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the input float[3H, D], its bias float[3H], of the state float[3H, H]; update, reset, candidate."""
+        inputs = torch.cat((self.gates_input.weight, self.candidate_input.weight))
+        biases = torch.cat((self.gates_input.bias, self.candidate_input.bias))
+        return inputs, biases, self.recurrent.weight
 
 
 class GRU(_GatedRecurrence):
@@ -131,14 +128,10 @@ class GRU(_GatedRecurrence):
         hidden_size: size H of a state.
     """
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """float[T, U, D] -> float[T, U, H]."""
-        state = inputs.new_zeros(inputs.shape[1], self.hidden_size)
-        states = []
-        for gates, candidate in self._project(inputs):
-            state = self._step(gates, candidate, state, None)
-            states.append(state)
-        return torch.stack(states)
+    def forward(self, inputs: Tensor, length: Tensor) -> Tensor:
+        """float[T, U, D], real steps int[U] -> float[T, U, H]."""
+        weight, bias, recurrent = self.weights()
+        return functions.gru(functional.linear(inputs, weight, bias), length, recurrent)
 
 
 class AUGRU(_GatedRecurrence):
@@ -171,10 +164,7 @@ class AUGRU(_GatedRecurrence):
         Returns:
             float[N, H]; zeros where all attention is 0.
         """
-        state = inputs.new_zeros(attention.shape[1], self.hidden_size)
-        for (gates, candidate), weight in zip(self._project(inputs), attention.unsqueeze(-1).unbind(), strict=True):
-            state = self._step(gather_users(gates, user_index), gather_users(candidate, user_index), state, weight)
-        return state
+        return functions.augru(inputs, attention, user_index, *self.weights())
 
 
 class InterestAttention(nn.Module):
@@ -201,6 +191,11 @@ class InterestAttention(nn.Module):
         self.activation = nn.PReLU()
         self.score = nn.Linear(hidden_size, 1)
 
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """In the order of `functions.local_activation`."""
+        query, key, product, score = self.query, self.key, self.product, self.score
+        return query.weight, query.bias, key.weight, product.weight, self.activation.weight, score.weight, score.bias
+
     def forward(self, query: Tensor, keys: Tensor, user_index: Tensor | None = None) -> Tensor:
         """Unnormalised scores.
 
@@ -212,33 +207,8 @@ class InterestAttention(nn.Module):
         Returns:
             float[T, N].
         """
-        product = self.product(query * gather_users(keys, user_index, dim=1))
-        hidden = self.query(query) + gather_users(self.key(keys), user_index, dim=1) + product
-        scores: Tensor = self.score(self.activation(hidden))
-        return scores.squeeze(-1)
-
-
-def attention_pooling(
-    scores: Tensor, steps: Tensor, mask: Tensor, user_index: Tensor | None = None, *, softmax: bool
-) -> Tensor:
-    r"""Sum of a user's steps, weighted for a candidate (DIN, https://arxiv.org/abs/1706.06978, Eq. 3).
-
-    .. math::
-        v = \sum_t a_t e_t
-
-    Args:
-        scores: float[T, N], of `InterestAttention`.
-        steps: float[T, U, H].
-        mask: bool[T, U], True for real steps; the others do not matter.
-        user_index: int[N], or None if N = U in order.
-        softmax: whether :math:`a` is the softmax of the scores, or the scores as they are (DIN, section 4.3).
-
-    Returns:
-        float[N, H]; zeros where there is no real step.
-    """
-    real = gather_users(mask, user_index, dim=1)
-    weights = masked_softmax(scores, real, dim=0) if softmax else scores * real
-    return (weights.unsqueeze(-1) * gather_users(steps, user_index, dim=1)).sum(0)
+        weights = self.weights()
+        return functions.activation_scores(query, keys, user_index, *weights[:6]) + weights[6]
 
 
 class CrossNet(nn.Module):
@@ -524,5 +494,10 @@ class FoldedMLP(FoldedLinear):
 
     def forward(self, user: Tensor, candidate: Tensor, user_index: Tensor | None = None) -> Tensor:
         """Logits float[N]; arguments as in `FoldedLinear.forward`."""
-        logits: Tensor = self.rest(super().forward(user, candidate, user_index))
-        return logits.squeeze(-1)
+        if self.training:
+            logits: Tensor = self.rest(super().forward(user, candidate, user_index))
+            return logits.squeeze(-1)
+        # Without dropout: the same map as one function.
+        layers = [self.candidate.weight, self.candidate.bias]
+        layers += [weight for layer in self.rest for weight in layer.parameters()]
+        return functions.folded_mlp(candidate, self.user(user), user_index, *layers)

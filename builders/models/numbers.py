@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from builders.models.layers import gather_users, masked_softmax, newest_steps, sequence_mask
+from builders.models import functions
+from builders.models.layers import gather_users, newest_steps, sequence_mask
 
 if TYPE_CHECKING:
     from builders.models.features import Inputs
-
-ITERATIONS = 10
-"""Steps of conjugate gradients; as many as there are unknowns solve the ridge regression exactly."""
 
 SHARPNESS = 4.0
 """Of the softmax over the likeness (cosine) of a candidate's attributes to those of the items of the history."""
@@ -32,8 +30,6 @@ EVIDENCE = 0.01
 
 KNOWLEDGE_SHARPNESS = (4.0, 12.0)
 """The same for the items' own texts: what is somewhat like the candidate, and what is much like it."""
-
-_PRIOR_BEHAVIORS = 3.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,9 @@ class Numbers(nn.Module):
     vectors: Tensor
     similarity: Tensor
     attributes: Tensor
+    sharpness: Tensor
     knowledge: Tensor
+    knowledge_sharpness: Tensor
     noise: Tensor
     mean: Tensor
     scale: Tensor
@@ -134,12 +132,13 @@ class Numbers(nn.Module):
         bias = torch.full((items, 1), statistics.bias**0.5)
         held = {
             "level": torch.tensor(statistics.level, dtype=torch.float32),
-            "feedback": torch.from_numpy(statistics.feedback),
-            "item_mean": torch.from_numpy(statistics.mean),
-            "item_count": torch.from_numpy(statistics.count).log1p(),
+            "feedback": torch.from_numpy(statistics.feedback).unsqueeze(1),
+            "item_mean": torch.from_numpy(statistics.mean).unsqueeze(1),
+            "item_count": torch.from_numpy(statistics.count).log1p().unsqueeze(1),
             "vectors": torch.cat((bias, vectors), dim=1),
             "similarity": torch.from_numpy(statistics.similarity),
             "attributes": torch.from_numpy(statistics.attributes),
+            "sharpness": torch.tensor([SHARPNESS]),
             "noise": torch.tensor(statistics.noise, dtype=torch.float32),
             "mean": torch.from_numpy(mean) if mean is not None else torch.zeros(len(self.names)),
             "scale": torch.from_numpy(scale) if scale is not None else torch.ones(len(self.names)),
@@ -149,96 +148,66 @@ class Numbers(nn.Module):
             centered = torch.from_numpy(knowledge - knowledge[1:].mean(0))
             centered[0] = 0
             held["knowledge"] = functional.normalize(centered, dim=1)
+            held["knowledge_sharpness"] = torch.tensor(KNOWLEDGE_SHARPNESS)
         for name, tensor in held.items():
             self.register_buffer(name, tensor)
 
     def centered_feedback(self, history_feedback: Tensor, history_length: Tensor) -> Tensor:
         """float[U, T]: the feedback of a history above the level of all users; 0 where it is padded."""
-        value = functional.embedding(history_feedback, self.feedback.unsqueeze(1)).squeeze(-1) - self.level
+        value = functional.embedding(history_feedback, self.feedback).squeeze(-1) - self.level
         return value * sequence_mask(history_length, history_feedback.shape[1]).t()
 
     def forward(self, inputs: Inputs) -> Tensor:
         """float[N, M], in the order of `names`; see `Inputs`."""
         user_index, item = inputs.user_index, inputs.item_index
-        distant, distant_mask = self._residuals(inputs.history_item, inputs.history_feedback, inputs.history_length)
-        alike = self._compare(self.similarity, item, inputs.history_item, user_index)
-        alike = alike * gather_users(distant_mask, user_index)
-        weight, feedback = alike.clamp(min=0).square(), gather_users(distant, user_index)
+        distant = self._residuals(inputs.history_item, inputs.history_feedback, inputs.history_length)
+        known = inputs.history_item, inputs.history_length, distant, user_index
+        weight, weighed, product = functions.similar_feedback(self.similarity, item, *known).unbind(1)
 
         history = newest_steps(inputs.history_item, inputs.history_length, self.recent)
         given = newest_steps(inputs.history_feedback, inputs.history_length, self.recent)
         steps = inputs.history_length.clamp(max=self.recent)
         value = self.centered_feedback(given, steps)
-        centered, mask = self._residuals(history, given, steps)
-        valid = mask.to(value.dtype)
+        centered = self._residuals(history, given, steps)
+        valid = sequence_mask(steps, history.shape[1]).t().to(value.dtype)
         length = valid.sum(1)
-        average = value.sum(1) / (length + _PRIOR_BEHAVIORS)
-        spread = ((value - average[:, None]).square() * valid).sum(1) / (length + _PRIOR_BEHAVIORS)
-        residual = (value - self._look_up(self.item_mean, history)) * valid
-        taste = self._fold_in(self._look_up(self.vectors, history) * valid[:, :, None], residual)
+        average = value.sum(1) / (length + functions.PRIOR_BEHAVIORS)
+        spread = ((value - average[:, None]).square() * valid).sum(1) / (length + functions.PRIOR_BEHAVIORS)
+        residual = (value - functional.embedding(history, self.item_mean).squeeze(-1)) * valid
+        taste = functions.fold_in(self.vectors, history, steps, residual, self.noise)
 
-        candidate = self._look_up(self.vectors, item)
-        item_mean = self._look_up(self.item_mean, item)
+        candidate = functional.embedding(item, self.vectors)
+        item_mean = functional.embedding(item, self.item_mean).squeeze(-1)
         products = gather_users(taste, user_index) * candidate
         bias, match = products[:, 0], products[:, 1:].sum(1)
-        here = gather_users(mask, user_index)
-        residuals = gather_users(centered, user_index)
-
-        attributes = self._compare(self.attributes, item, history, user_index)
+        likeness, *attributes = functions.alike_feedback(
+            self.attributes, item, history, steps, centered, user_index, self.sharpness
+        ).unbind(1)
         columns = [
             gather_users(average, user_index),
             gather_users(spread.sqrt(), user_index),
             gather_users(length.log1p(), user_index),
             item_mean,
-            self._look_up(self.item_count, item),
+            functional.embedding(item, self.item_count).squeeze(-1),
             bias,
             match,
             item_mean + bias + match,
-            (weight * feedback).sum(1) / (weight.sum(1) + EVIDENCE),
-            (weight.sum(1) + EVIDENCE).log(),
-            (alike * feedback).sum(1),
-            (masked_softmax(SHARPNESS * attributes, here, dim=1) * residuals).sum(1),
-            (attributes * here).sum(1) / here.sum(1).clamp(min=1),
+            weighed / (weight + EVIDENCE),
+            (weight + EVIDENCE).log(),
+            product,
+            _mean(*attributes),
+            likeness / gather_users(length, user_index).clamp(min=1),
         ]
         if len(self.names) > len(self.STATISTICAL):
-            knowledge = self._compare(self.knowledge, item, inputs.history_item, user_index)
-            there = gather_users(distant_mask, user_index)
-            for sharpness in KNOWLEDGE_SHARPNESS:
-                columns.append((masked_softmax(sharpness * knowledge, there, dim=1) * feedback).sum(1))
-            much = (KNOWLEDGE_SHARPNESS[-1] * (knowledge - 1)).exp() * there
-            columns.append((much.sum(1) + EVIDENCE).log())
+            _, *alike = functions.alike_feedback(self.knowledge, item, *known, self.knowledge_sharpness).unbind(1)
+            columns += [_mean(*alike[:2]), _mean(*alike[2:]), (alike[2] + EVIDENCE).log()]
         numbers = torch.stack(columns, dim=1)
         return (numbers - self.mean) / self.scale
 
-    def _residuals(self, history: Tensor, feedback: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Feedback above the levels of item and user float[U, T], and the mask of real steps bool[U, T]."""
-        mask = sequence_mask(length, history.shape[1]).t()
-        residual = (self.centered_feedback(feedback, length) - self._look_up(self.item_mean, history)) * mask
-        own = residual.sum(1) / (mask.sum(1) + _PRIOR_BEHAVIORS)
-        return (residual - own[:, None]) * mask, mask
+    def _residuals(self, history: Tensor, given: Tensor, length: Tensor) -> Tensor:
+        return functions.residuals(self.item_mean, self.feedback, self.level, history, given, length)
 
-    def _fold_in(self, vectors: Tensor, residual: Tensor) -> Tensor:
-        """float[U, D+1]: each user's ridge regression of the residuals on the items' factors."""
-        gram = vectors.transpose(1, 2) @ vectors
-        rest = (vectors.transpose(1, 2) @ residual.unsqueeze(-1)).squeeze(-1)
-        solution, direction = torch.zeros_like(rest), rest
-        length = rest.square().sum(1, keepdim=True)
-        for _ in range(ITERATIONS):
-            image = (gram @ direction.unsqueeze(-1)).squeeze(-1) + self.noise * direction
-            step = length / (direction * image).sum(1, keepdim=True).clamp(min=1e-12)
-            solution = solution + step * direction
-            rest = rest - step * image
-            shorter = rest.square().sum(1, keepdim=True)
-            direction = rest + shorter / length.clamp(min=1e-12) * direction
-            length = shorter
-        return solution
 
-    def _compare(self, table: Tensor, item: Tensor, history: Tensor, user_index: Tensor | None) -> Tensor:
-        """float[N, T]: cosine of each candidate to each item of its user's history."""
-        steps = gather_users(self._look_up(table, history), user_index)
-        return (steps @ self._look_up(table, item).unsqueeze(-1)).squeeze(-1)
-
-    @staticmethod
-    def _look_up(table: Tensor, index: Tensor) -> Tensor:
-        rows = functional.embedding(index, table if table.ndim > 1 else table.unsqueeze(1))
-        return rows if table.ndim > 1 else rows.squeeze(-1)
+def _mean(weight: Tensor, weighed: Tensor) -> Tensor:
+    """float[N]: a weighted mean; 0 where nothing has a weight."""
+    return weighed / weight.clamp(min=1e-30)

@@ -180,13 +180,17 @@ def draw_features(
 
     length = torch.randint(schema.history_length + 1, (users,), generator=generator)
     length[-1], length[0] = 0, schema.history_length
+    history = normal(schema.history_length, users, schema.step_size)
+    real = torch.arange(schema.history_length)[:, None] < length
     return Features(
         candidate=normal(rows, len(schema.candidate), size),
         user=normal(users, len(schema.user), size),
         pair=normal(rows, len(schema.pair), size),
         numbers=normal(rows, len(schema.numbers)),
-        history=normal(schema.history_length, users, schema.step_size),
-        history_mask=torch.arange(schema.history_length)[:, None] < length,
+        history=history,
+        history_mask=real,
+        history_length=length,
+        history_mean=(history * real.unsqueeze(-1)).sum(0) / length.clamp(min=1).unsqueeze(1),
         user_index=None if candidates is None else torch.randint(users, (rows,), generator=generator),
     )
 

@@ -206,7 +206,7 @@ def test_the_exported_graphs_of_a_ranker_equal_pytorch(
     with torch.inference_mode():
         expected = ranker(inputs, representations, mask).sigmoid().numpy()
     (interest,) = onnxruntime.InferenceSession(str(tmp_path / "fuser.onnx")).run(
-        None, {"representations": representations.numpy(), "partition_mask": mask.numpy()}
+        None, {"representations": representations[mask].numpy(), "partition_count": mask.sum(1).int().numpy()}
     )
     session = onnxruntime.InferenceSession(str(tmp_path / "backbone.onnx"))
     served = inputs._replace(interest=torch.from_numpy(interest))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from model_harness import (
 )
 from torch import Tensor, nn
 
-from builders.models import BACKBONES, make_backbone
+from builders.models import BACKBONES, functions, make_backbone
 from builders.models.backbone import Backbone, Ranker
 from builders.models.features import FeatureEmbedding, Features, FeatureSchema
 from builders.models.fuser import AttentionFuser
+from builders.models.layers import AUGRU, GRU
 from liber_runtime.exceptions import ConfigurationError
 
 every_backbone = pytest.mark.parametrize("name", list(BACKBONES))
@@ -146,18 +148,26 @@ def test_fields_that_are_not_there_are_not_needed(name: str, without: str, tmp_p
 
 
 @every_backbone
-def test_what_depends_on_the_user_alone_runs_once_per_user(name: str) -> None:
+def test_what_depends_on_the_user_alone_runs_once_per_user(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every map of the user's fields or of the history sees U rows; only what mixes both sides sees N."""
     users, candidates = 3, 40
-    model, rows = make_backbone(name, SCHEMA).eval(), {}
-    for part, module in model.named_modules():
-        if part.rpartition(".")[2] in ("user", "step", "taste", "key", "gates_input", "candidate_input"):
-            module.register_forward_hook(
-                lambda _module, _inputs, output, part=part: rows.__setitem__(part, output.shape[-2])
-            )
+    model, rows, linear = make_backbone(name, SCHEMA).eval(), [], torch.nn.functional.linear
+
+    def watch(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows.append((weight, inputs.shape[-2]))
+        return linear(inputs, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watch)
     model(draw_features(SCHEMA, users, candidates))
-    assert rows
-    assert set(rows.values()) == {users}
+    named = dict(model.named_modules())
+    maps = {
+        part: each.weight for part, each in named.items() if part.rpartition(".")[2] in ("user", "step", "taste", "key")
+    }
+    maps |= {part: each.weights()[0] for part, each in named.items() if isinstance(each, GRU | AUGRU)}
+    assert len(maps) >= {"DIEN": 5, "DIN": 4}.get(name, 1)
+    for part, weight in maps.items():
+        seen = [count for mapped, count in rows if mapped.shape == weight.shape and torch.equal(mapped, weight)]
+        assert seen == [users], part
 
 
 @every_backbone
@@ -266,7 +276,7 @@ def test_logistic_regression_has_one_weight_per_index() -> None:
         torch.testing.assert_close(moved, ((age[2] - age[1]) @ weight).expand(12), atol=1e-5, rtol=0)
 
 
-def test_the_scores_of_din_add_up_unless_they_are_normalized() -> None:
+def test_the_scores_of_din_add_up_unless_they_are_normalized(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the same history weighs twice as much; normalized, it weighs the same."""
     torch.manual_seed(0)
     schema, size = SCHEMA, 16
@@ -276,15 +286,17 @@ def test_the_scores_of_din_add_up_unless_they_are_normalized() -> None:
     for softmax in (False, True):
         model = make_backbone("DIN", schema, {"softmax": softmax, "attention_size": size}).eval()
         picked: list[Tensor] = []
-        model.mlp.candidate.register_forward_hook(lambda _m, given, _o, kept=picked: kept.append(given[0][:, -size:]))
+        given = functions.local_activation
+        monkeypatch.setattr(functions, "local_activation", lambda *a, _k=picked, _g=given, **o: _keep(_k, _g(*a, **o)))
         for steps, mask in ((features.history, once), (history, torch.cat((once, once)))):
-            model(
-                Features(
-                    features.candidate, features.user, features.pair, features.numbers, steps, mask, features.user_index
-                )
-            )
+            model(dataclasses.replace(features, history=steps, history_mask=mask, history_length=mask.sum(0)))
         torch.testing.assert_close(picked[1], picked[0] * (1 if softmax else 2))
         assert picked[0].abs().max() > 1e-3
+
+
+def _keep(kept: list[Tensor], tensor: Tensor) -> Tensor:
+    kept.append(tensor)
+    return tensor
 
 
 def test_fuser_and_features_must_agree_on_the_size() -> None:

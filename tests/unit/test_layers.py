@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from builders.models import functions
 from builders.models.layers import (
     AUGRU,
     GRU,
@@ -19,7 +20,6 @@ from builders.models.layers import (
     FoldedLinear,
     FoldedMLP,
     InterestAttention,
-    attention_pooling,
     gather_users,
     masked_softmax,
     newest_steps,
@@ -59,7 +59,7 @@ def test_augru_equals_the_naive_loop() -> None:
 def test_gru_is_an_augru_with_full_attention() -> None:
     gru, augru, inputs = GRU(5, 7), AUGRU(5, 7), torch.randn(6, 4, 5)
     augru.load_state_dict(gru.state_dict())
-    states = gru(inputs)
+    states = gru(inputs, torch.full((4,), 6))
     assert states.shape == (6, 4, 7)
     for length in range(1, 7):
         expected = naive_augru(augru, inputs[:length], torch.ones(length, 4))
@@ -134,9 +134,15 @@ def test_an_mlp_is_a_folded_one_without_a_user() -> None:
 
 @pytest.mark.parametrize("softmax", [False, True])
 def test_attention_pools_the_real_steps_of_each_candidates_user(softmax: bool) -> None:
-    scores, steps, length = torch.randn(4, 7), torch.randn(4, 3, 5), torch.tensor([4, 2, 0])
+    unit, query, steps, length = (
+        InterestAttention(5, 3),
+        torch.randn(7, 5),
+        torch.randn(4, 3, 5),
+        torch.tensor([4, 2, 0]),
+    )
     user_index = torch.tensor([0, 1, 2, 2, 1, 0, 1])
-    found = attention_pooling(scores, steps, sequence_mask(length, 4), user_index, softmax=softmax)
+    found = functions.local_activation(query, steps, length, user_index, *unit.weights(), softmax=softmax)
+    scores = unit(query, steps, user_index)
     for row, user in enumerate(user_index.tolist()):
         weights = scores[: length[user], row]
         weights = weights.softmax(0) if softmax else weights

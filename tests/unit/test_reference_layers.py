@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from builders.models import functions
 from builders.models.layers import (
     AUGRU,
     BilinearInteraction,
@@ -24,8 +25,6 @@ from builders.models.layers import (
     InteractingLayer,
     InterestAttention,
     SqueezeExcitation,
-    attention_pooling,
-    sequence_mask,
 )
 
 ROWS, FIELDS, SIZE, STEPS = 9, 7, 6, 5
@@ -165,7 +164,7 @@ def test_attention_of_din(theirs: ModuleType, softmax: bool) -> None:
     scores = layer(queries, keys)
     batch_major = keys.transpose(0, 1)
     assert_same(scores.t(), unit(queries.unsqueeze(1), batch_major).squeeze(2))
-    found = attention_pooling(scores, keys, sequence_mask(length, STEPS), softmax=softmax)
+    found = functions.local_activation(queries, keys, length, None, *layer.weights(), softmax=softmax)
     assert_same(found, reference(queries.unsqueeze(1), batch_major, length.unsqueeze(1)).squeeze(1))
 
 
