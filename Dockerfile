@@ -20,8 +20,10 @@ ARG PYTHON_TAG=3.11.14-slim-bookworm
 
 FROM python:${PYTHON_TAG} AS builder
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+# The compiler of the kernels stays in this stage.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++=4:12.2.0-3 && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
-COPY pyproject.toml README.md constraints.txt ./
+COPY pyproject.toml hatch_build.py README.md constraints.txt ./
 COPY liber_runtime liber_runtime
 RUN pip wheel --no-deps --wheel-dir /wheels . \
     && python -m venv --without-pip /opt/liber \

@@ -15,7 +15,7 @@ help:  ## Show this list
 
 setup: $(VENV)/.installed  ## Make the environment in .venv (Python 3.10 to 3.12; PYTHON=... chooses one)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard liber_runtime/native/*.cpp liber_runtime/native/*.h)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else \
 	  "error: $(PYTHON) is Python %d.%d; LIBER runs on 3.10 to 3.12: make PYTHON=python3.11 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
@@ -34,7 +34,7 @@ redis:  ## Install redis-server (Debian, as root or with sudo) where it is missi
 	  || echo 'redis-server cannot be installed here; the tests of stores in Redis are skipped'
 
 test: setup redis  ## Run all tests, those on the real Triton included (LIBER_DATA=path/to/ml-100k adds those on real data)
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 unit: setup redis  ## Run the tests that start no Triton
 	$(BIN)/python -m pytest tests/unit tests/contract
