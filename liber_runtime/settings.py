@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pydantic
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from liber_runtime.exceptions import ConfigurationError
+from liber_runtime.processors import available_processors
 
 
 class Settings(BaseSettings):
@@ -18,7 +17,9 @@ class Settings(BaseSettings):
         triton: host:port of Triton's gRPC endpoint.
         max_users: most distinct users of one scoring request, U.
         max_candidates: most candidates of one scoring request, N.
-        threads: threads of one ONNX Runtime session; 0 for one per processor.
+        kernels: compiled kernels for a model's heavy parts: auto (the fastest this processor runs, if they are there),
+            none (ONNX Runtime alone), or an instruction set by name, see `liber_runtime.native.compile.TARGETS`.
+        threads: threads of one ONNX Runtime session; 0 for one per processor that the process may use.
         deadline_seconds: how long a scoring client waits for an answer.
     """
 
@@ -28,13 +29,14 @@ class Settings(BaseSettings):
     triton: str = "127.0.0.1:8001"
     max_users: int = pydantic.Field(default=4096, ge=1)
     max_candidates: int = pydantic.Field(default=16384, ge=1)
+    kernels: str = "auto"
     threads: int = pydantic.Field(default=0, ge=0)
     deadline_seconds: float = pydantic.Field(default=10.0, gt=0)
 
     @property
     def session_threads(self) -> int:
         """Threads of one ONNX Runtime session."""
-        return self.threads or os.cpu_count() or 1
+        return self.threads or available_processors()
 
 
 def load_settings() -> Settings:

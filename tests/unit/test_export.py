@@ -14,7 +14,7 @@ from builders.export import export_backbone, export_fuser
 from builders.models import make_backbone
 from builders.models.backbone import Ranker
 from builders.models.features import Inputs
-from builders.models.fuser import AttentionFuser, MeanFuser
+from builders.models.fuser import AttentionFuser, Fuser, MeanFuser
 from builders.models.kar import HybridExpertAdaptor
 from liber_runtime.exceptions import ConfigurationError
 from liber_runtime.vocabulary import Field
@@ -64,7 +64,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     model, path = make_dien().train(), tmp_path_factory.mktemp("onnx") / "backbone.onnx"
     export_backbone(model, path)
     assert all(module.training for module in model.modules()), "an export leaves the model as it was"
-    assert [each.name for each in path.parent.iterdir()] == ["backbone.onnx"]
+    assert sorted(each.name for each in path.parent.iterdir()) == ["backbone.onnx", "backbone.tables"]
     return model.eval(), onnxruntime.InferenceSession(str(path))
 
 
@@ -168,10 +168,12 @@ def test_a_model_without_profile_fields_keeps_the_input(tmp_path: Path) -> None:
     assert [entry.name for entry in session.get_inputs()] == INPUTS
 
 
-@pytest.fixture(scope="module")
-def fuser(tmp_path_factory: pytest.TempPathFactory) -> tuple[AttentionFuser, onnxruntime.InferenceSession]:
+@pytest.fixture(scope="module", params=[AttentionFuser, MeanFuser])
+def fuser(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Fuser, onnxruntime.InferenceSession]:
     torch.manual_seed(0)
-    model, path = AttentionFuser(D), tmp_path_factory.mktemp("onnx") / "fuser.onnx"
+    model, path = request.param(D), tmp_path_factory.mktemp("onnx") / "fuser.onnx"
     export_fuser(model, path)
     return model, onnxruntime.InferenceSession(str(path))
 
@@ -179,7 +181,7 @@ def fuser(tmp_path_factory: pytest.TempPathFactory) -> tuple[AttentionFuser, onn
 @pytest.mark.parametrize("users", [1, 3, 1000])
 @pytest.mark.parametrize("partitions", [0, 1, 40])
 def test_the_exported_fuser_equals_pytorch(
-    fuser: tuple[AttentionFuser, onnxruntime.InferenceSession], users: int, partitions: int
+    fuser: tuple[Fuser, onnxruntime.InferenceSession], users: int, partitions: int
 ) -> None:
     model, session = fuser
     representations = torch.randn(users, partitions, D)
@@ -187,16 +189,18 @@ def test_the_exported_fuser_equals_pytorch(
     mask[0], mask[-1] = True, users == 1
     with torch.inference_mode():
         expected = model(representations, mask).numpy()
-    found = run(session, [representations, mask])
+    # A graph is given one row at least, and reads no more than the counts say.
+    rows = torch.cat((representations[mask], torch.full((1, D), 7.0)))
+    found = run(session, [rows, mask.sum(1).int()])
     assert found.shape == (users, D)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
-def test_the_wire_contract_of_the_fuser(fuser: tuple[AttentionFuser, onnxruntime.InferenceSession]) -> None:
+def test_the_wire_contract_of_the_fuser(fuser: tuple[Fuser, onnxruntime.InferenceSession]) -> None:
     _, session = fuser
     assert [(entry.name, entry.type, entry.shape) for entry in session.get_inputs()] == [
-        ("representations", "tensor(float)", ["users", "partitions", D]),
-        ("partition_mask", "tensor(bool)", ["users", "partitions"]),
+        ("representations", "tensor(float)", ["partitions", D]),
+        ("partition_count", "tensor(int32)", ["users"]),
     ]
     assert [(entry.name, entry.type, entry.shape) for entry in session.get_outputs()] == [
         ("interest", "tensor(float)", ["users", D])
