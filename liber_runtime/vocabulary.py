@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ import pydantic
 
 from liber_runtime.behavior import Attributes, AttributeValue
 from liber_runtime.exceptions import ConfigurationError
+
+_FEW = 16
+"""Boundaries that are compared one by one, which is faster than a search for each value."""
 
 
 class Field(pydantic.BaseModel, frozen=True):
@@ -87,16 +91,38 @@ class Vocabulary(pydantic.BaseModel, frozen=True):
 
     def item_indices(self, item_ids: Sequence[str]) -> npt.NDArray[np.int32]:
         """int32[N]: item indices, 0 for ids outside the catalogue."""
-        index = self._item_index
-        return np.fromiter((index.get(item_id, 0) for item_id in item_ids), dtype=np.int32, count=len(item_ids))
+        found = map(self._item_index.get, item_ids, itertools.repeat(0))
+        return np.fromiter(found, dtype=np.int32, count=len(item_ids))
 
     def profile_indices(self, profile: Attributes) -> list[int]:
         """One index per user field."""
         return [field.indices(profile.get(field.name))[0] for field in self.user_fields]
 
-    def feedback_indices(self, feedback: Sequence[float]) -> npt.NDArray[np.int32]:
+    def profile_table(self, profiles: Sequence[Attributes]) -> npt.NDArray[np.int32]:
+        """int32[U, P]: `profile_indices` of many users, each distinct value looked up once."""
+        columns = []
+        for field in self.user_fields:
+            known: dict[tuple[type, object], int] = {}
+            column = []
+            for profile in profiles:
+                value = profile.get(field.name)
+                # 1, 1.0 and True are equal and not the same category.
+                key = (value.__class__, value)
+                if key not in known:
+                    known[key] = field.indices(value)[0]
+                column.append(known[key])
+            columns.append(column)
+        return np.array(columns, dtype=np.int32).reshape(len(columns), len(profiles)).T
+
+    def feedback_indices(self, feedback: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
         """int32[N]: feedback buckets, from 1."""
-        return (1 + np.searchsorted(self.feedback.boundaries, feedback, side="right")).astype(np.int32)
+        values = np.asarray(feedback, dtype=np.float64)
+        if len(self.feedback.boundaries) > _FEW:
+            return (1 + np.searchsorted(self.feedback.boundaries, values, side="right")).astype(np.int32)
+        indices = np.ones(len(values), dtype=np.int32)
+        for boundary in self.feedback.boundaries:
+            indices += values >= boundary
+        return indices
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from liber_runtime.behavior import Attributes, Behavior, Domain, Item, Text
 from liber_runtime.exceptions import ConfigurationError
+from liber_runtime.memory.history import History
 from liber_runtime.partition import PartitionCondition
 
 Step: TypeAlias = Literal["summary", "shift", "representation"]
@@ -146,15 +147,15 @@ class UserMemory:
 
     Attributes:
         profile: what is known of the user.
-        history: the newest behaviors as (item id, feedback), oldest first; cache and partitions alike.
+        history: the newest behaviors, oldest first; cache and partitions alike.
         representations: float32[J, d], the newest partitions' vectors of the encoding asked for, in order; [0, 0] if
-            there are none.
+            there are none, [J, 0] if they are not of one length. As they lie in the store: whoever reads them checks.
         foreign: fingerprints of the user's vectors if none of them is of the encoding asked for and the store is not
             to make such ones (`WorkQueue.encode_by`): whoever asked reads the wrong store. Empty otherwise.
     """
 
     profile: Attributes
-    history: tuple[tuple[str, float], ...]
+    history: History
     representations: npt.NDArray[np.float32]
     foreign: frozenset[str] = frozenset()
 

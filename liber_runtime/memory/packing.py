@@ -8,6 +8,9 @@ import struct
 from collections.abc import Sequence
 from typing import Any, TypeAlias, overload
 
+import numpy as np
+import numpy.typing as npt
+
 from liber_runtime.behavior import Attributes, Behavior
 from liber_runtime.partition import Run
 
@@ -91,11 +94,17 @@ _set_user_id, _set_item_id, _set_feedback, _set_timestamp, _set_event_id = (
 )
 
 
-def newest(item_ids: str, feedback: bytes, limit: int) -> tuple[tuple[str, float], ...]:
-    """At most `limit` newest (item id, feedback) of a row, oldest first, without making behaviors of the rest."""
-    if not item_ids or limit < 1:
-        return ()
-    return tuple(zip(item_ids.rsplit("\n", limit)[-limit:], _floats(feedback[-8 * limit :]), strict=True))
+NO_VECTORS: npt.NDArray[np.float32] = np.zeros((0, 0), dtype=np.float32)
+"""Of a user who has none."""
+
+
+def stack_vectors(vectors: Sequence[bytes]) -> npt.NDArray[np.float32]:
+    """float32[J, d]; [J, 0], of which nothing can be made, if they are not of one length."""
+    if not vectors:
+        return NO_VECTORS
+    if len(set(map(len, vectors))) > 1:
+        return np.zeros((len(vectors), 0), dtype=np.float32)
+    return np.frombuffer(b"".join(vectors), "<f4").reshape(len(vectors), -1)
 
 
 def _floats(packed: bytes) -> tuple[float, ...]:
@@ -116,4 +125,10 @@ def load_attributes(text: str) -> dict[str, Any]:
     """Attributes as they were, tuples as tuples."""
     if not text:
         return {}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()}
+    values, _ = _DECODER.raw_decode(text)
+    if "[" not in text:
+        return dict(values)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+_DECODER = json.JSONDecoder()

@@ -84,7 +84,7 @@ def test_a_newer_version_is_refused_untouched(path: Path) -> None:
         db.execute("PRAGMA user_version = 99")
     db.close()
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"schema version 99, this liber-runtime knows up to 2; upgrade liber-runtime"):
+    with pytest.raises(StoreError, match=r"schema version 99, this liber-runtime knows up to 3; upgrade liber-runtime"):
         SQLiteStore(str(path))
     assert path.read_bytes() == before
 
@@ -358,6 +358,67 @@ def test_forget_does_not_wait_for_a_reader_for_ever(
         assert reader.execute("SELECT count(*) FROM users").fetchone() == (1,)
     store.close()
     assert b"ann-event" not in b"".join(file.read_bytes() for file in path.parent.iterdir())
+
+
+# -- the copies that scoring reads -------------------------------------------------------------------------------------
+
+
+def encode_all(store: SQLiteStore) -> None:
+    """Every partition of its number: vectors that tell which they are."""
+    while tasks := store.claim(STEPS, 500, 60.0, "encoder"):
+        store.commit(
+            [
+                Result(task, Representation(np.full(4, task.number, np.float32), "encoder"))
+                if task.step == "representation"
+                else Result(task, Text(task.step, "text", "test", "v1", None, None, 0.1, 1.0))
+                for task in tasks
+            ]
+        )
+
+
+def assert_scoring_reads_what_is_held(store: SQLiteStore, users: Sequence[str]) -> None:
+    for history, partitions in ((0, 0), (1, 1), (100, 39), (256, 40), (257, 41), (2_000, 500)):
+        for user, memory in zip(users, store.read(users, history, partitions, "encoder"), strict=True):
+            timeline = store.timeline(user)
+            assert timeline is not None
+            assert memory is not None
+            behaviors = [b for record in timeline.partitions for b in record.behaviors] + list(timeline.cache)
+            expected = [(b.item_id, b.feedback) for b in behaviors]
+            assert memory.history == expected[max(0, len(expected) - history) :]
+            numbers = [record.number for record in timeline.partitions if record.representations]
+            assert memory.representations[:, :1].ravel().tolist() == numbers[max(0, len(numbers) - partitions) :]
+
+
+def test_scoring_reads_what_is_held_whatever_happened_to_it(path: Path) -> None:
+    """Partitions cut one by one and at once, vectors still to come, behaviors and vectors that went away again."""
+    store = SQLiteStore(str(path), Count(7))
+    store.encode_by({"encoder"})
+    users = ["ann", "bo"]
+    store.append([*run("ann", 600), *run("bo", 3)])
+    assert_scoring_reads_what_is_held(store, users)
+    encode_all(store)
+    for start in range(600, 640, 3):
+        store.append(run("ann", 3, start))
+        assert_scoring_reads_what_is_held(store, users)
+    encode_all(store)
+    assert_scoring_reads_what_is_held(store, users)
+    for number in (2, 300, 500, 639):
+        store.forget("ann", f"ann-event-{number}")
+        assert_scoring_reads_what_is_held(store, users)
+    store.append([*run("ann", 50, 700), *run("bo", 400, 3)])
+    assert_scoring_reads_what_is_held(store, users)
+    encode_all(store)
+    assert_scoring_reads_what_is_held(store, users)
+    store.encode_by(())
+    store.encode_by({"other"})
+    assert [len(memory.representations) for memory in store.read(users, 1, 40, "encoder") if memory] == [0, 0]
+    with store._file.read() as db:
+        assert db.execute("SELECT count(*) FROM newest_behaviors").fetchone() == (2,)
+        assert db.execute("SELECT count(*) FROM newest_vectors").fetchone() == (0,)
+    store.forget("ann")
+    with store._file.read() as db:
+        assert db.execute("SELECT count(*) FROM newest_behaviors").fetchone() == (1,)
+    store.close()
 
 
 # -- cost ------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from liber_runtime.memory import (
     UserMemory,
 )
 from liber_runtime.memory.checks import check_arrival, name_condition, read_condition, require_condition
-from liber_runtime.memory.packing import dump_attributes, event_digest, load_attributes
+from liber_runtime.memory.packing import dump_attributes, event_digest, load_attributes, stack_vectors
 from liber_runtime.memory.redis.address import Address, parse_address
 from liber_runtime.memory.redis.appending import Appender
 from liber_runtime.memory.redis.keys import Catalogue, Keys
@@ -55,7 +55,6 @@ FORMAT = "1"
 _ITEMS_PER_CALL = 500
 _PARTITIONS_PER_LOOK = 1_000
 _FIELDS = b"\r\n$7\r\nprofile\r\n$3\r\ncut\r\n$5\r\ncache\r\n$4\r\nlast\r\n$9\r\nencodings\r\n"
-_NO_VECTORS = np.zeros((0, 0), dtype=np.float32)
 
 
 class RedisStore(RedisQueue):
@@ -387,14 +386,10 @@ def _load_memory(
 
 
 def _load_matrix(members: Sequence[bytes]) -> npt.NDArray[np.float32]:
-    """float32[J, d] of members of a sorted set, newest first; only those as long as the newest."""
-    if not members:
-        return _NO_VECTORS
-    size = len(members[0])
-    rows = [member for member in members if len(member) == size]
-    rows.reverse()
-    # One copy of all, without the numbers that lead the members.
-    return np.frombuffer(b"".join(rows), "<f4").reshape(len(rows), -1)[:, 1:]
+    """float32[J, d] of members of a sorted set, newest first; [J, 0] if they are not of one length."""
+    matrix = stack_vectors(members[::-1])
+    # Without the numbers that lead the members: one copy of all, and none of each.
+    return matrix[:, 1:]
 
 
 def _load_records(

@@ -8,7 +8,8 @@ import struct
 from collections.abc import Sequence
 
 from liber_runtime.behavior import Behavior, Item, Text
-from liber_runtime.memory.packing import newest, pack, unpack
+from liber_runtime.memory.history import History
+from liber_runtime.memory.packing import pack, unpack
 
 _HEADER = struct.Struct("<II")  # behaviors; bytes of their item ids
 _TEXT_FIELDS = tuple(field.name for field in dataclasses.fields(Text) if field.name not in ("kind",))
@@ -36,8 +37,8 @@ def load_run(user_id: str, run: bytes) -> list[Behavior]:
     )
 
 
-def newest_of(runs: bytes, limit: int) -> tuple[tuple[str, float], ...]:
-    """At most `limit` newest (item id, feedback), oldest first, of runs as scoring reads them, newest run first."""
+def newest_of(runs: bytes, limit: int) -> History:
+    """At most `limit` newest behaviors of runs as scoring reads them, newest run first."""
     at, item_ids, feedback = 0, "", b""
     while at < len(runs):
         count, size = _HEADER.unpack_from(runs, at)
@@ -47,11 +48,11 @@ def newest_of(runs: bytes, limit: int) -> tuple[tuple[str, float], ...]:
             item_ids = f"{older}\n{item_ids}" if item_ids else older
             feedback = runs[at + size : at + size + 8 * count] + feedback
         at += size + 8 * count
-    return newest(item_ids, feedback, limit)
+    return History(item_ids, feedback).newest(limit)
 
 
-def newest_of_two(last: bytes, cache: bytes, limit: int) -> tuple[tuple[str, float], ...]:
-    """At most `limit` newest (item id, feedback), oldest first, of the last partition and the cache; whole runs too."""
+def newest_of_two(last: bytes, cache: bytes, limit: int) -> History:
+    """At most `limit` newest behaviors of the last partition and the cache; whole runs too."""
     item_ids, feedback = b"", b""
     for run in (cache, last):
         if len(run) > _HEADER.size and len(feedback) < 8 * limit:
@@ -60,7 +61,7 @@ def newest_of_two(last: bytes, cache: bytes, limit: int) -> tuple[tuple[str, flo
             older = run[_HEADER.size : start]
             item_ids = older + b"\n" + item_ids if item_ids else older
             feedback = run[start : start + 8 * count] + feedback
-    return newest(item_ids.decode(), feedback, limit)
+    return History(item_ids.decode(), feedback).newest(limit)
 
 
 def dump_text(text: Text) -> bytes:

@@ -46,7 +46,7 @@ from liber_runtime.memory.packing import (
 from liber_runtime.memory.sqlite.erasing import forget_event, forget_user
 from liber_runtime.memory.sqlite.file import StoreFile
 from liber_runtime.memory.sqlite.queue import TEXT_FIELDS, SQLiteQueue, count
-from liber_runtime.memory.sqlite.reading import read_users, wanted_of
+from liber_runtime.memory.sqlite.reading import keep_behaviors, read_users, wanted_of
 from liber_runtime.partition import PartitionCondition, stream
 
 
@@ -192,16 +192,21 @@ class SQLiteStore(SQLiteQueue):
     ) -> int:
         """Runs Algorithm 1 for every user; returns how many partitions were cut."""
         partitions: list[tuple[object, ...]] = []
+        copies: list[tuple[object, ...]] = []
         caches: list[tuple[object, ...]] = []
         for user_id, fresh in arriving.items():
             user, behaviors, number, cache = held[user_id]
             if not fresh:
                 continue
             streamed = stream(condition, cache, fresh.values(), _last_partition(db, user, user_id, number))
-            partitions += ((user, number + at, *pack(cut)) for at, cut in enumerate(streamed.partitions, 1))
+            if streamed.partitions:
+                packed = [pack(cut) for cut in streamed.partitions]
+                partitions += ((user, number + at, *cut) for at, cut in enumerate(packed, 1))
+                copies.append(keep_behaviors(db, user, number, packed))
             caches.append((behaviors + len(fresh), number + len(streamed.partitions), *pack(streamed.cache), user))
         due = self._clock()
         db.executemany("INSERT INTO partitions VALUES (?, ?, ?, ?, ?, ?)", partitions)
+        db.executemany("INSERT OR REPLACE INTO newest_behaviors VALUES (?, ?, ?, ?, ?)", copies)
         db.executemany(
             "INSERT INTO steps (user, number, step, due) VALUES (?, ?, 'summary', ?)",
             ((row[0], row[1], due) for row in partitions),

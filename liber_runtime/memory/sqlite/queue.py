@@ -22,6 +22,7 @@ from liber_runtime.memory import (
 from liber_runtime.memory.checks import check_made
 from liber_runtime.memory.packing import load_attributes, unpack
 from liber_runtime.memory.sqlite.file import StoreFile
+from liber_runtime.memory.sqlite.reading import keep_vectors
 
 MAX_ERROR_CHARACTERS = 2000
 """Of an error kept with a step that failed."""
@@ -87,7 +88,9 @@ class SQLiteQueue:
         def keep(db: sqlite3.Connection) -> int:
             now = self._clock()
             encodings = _Encodings(db)
-            return sum(_keep(db, encodings, task, result, now) for task, result in made)
+            kept = sum(_keep(db, encodings, task, result, now) for task, result in made)
+            keep_vectors(db, encodings.changed)
+            return kept
 
         kept = self._file.write(keep) if made else 0
         return Committed(kept, len(results) - kept)
@@ -215,6 +218,8 @@ class _Encodings:
         rows = db.execute("SELECT fingerprint, encoding, wanted FROM encodings").fetchall()
         self._numbers = {fingerprint: encoding for fingerprint, encoding, _ in rows}
         self.wanted = [encoding for _, encoding, wanted in rows if wanted]
+        self.changed: set[tuple[int, int]] = set()
+        """(user, encoding) of the vectors that this transaction brought."""
 
     def number(self, fingerprint: str) -> int:
         """Of a fingerprint; a new one is entered."""
@@ -324,7 +329,9 @@ def _keep(
         return False
     user = int(row[0])
     if isinstance(made, Representation):
-        _keep_vector(db, user, task.number, encodings.number(made.fingerprint), made.vector.tobytes())
+        encoding = encodings.number(made.fingerprint)
+        _keep_vector(db, user, task.number, encoding, made.vector.tobytes())
+        encodings.changed.add((user, encoding))
         return True
     db.execute(
         "INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

@@ -1,18 +1,27 @@
-"""Everything one score needs of one user, in a few look-ups by key, however long the user's history is."""
+"""Everything one score needs of one user, in a few look-ups by key, however long the user's history is.
+
+What is read lies in three rows: the user's own with the cache, the copy of the newest behaviors of the partitions, and
+the copy of the newest vectors (``migrations/0003_scoring.sql``). `keep_behaviors` and `keep_vectors` make the copies.
+"""
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from liber_runtime.behavior import Attributes
 from liber_runtime.memory import UserMemory
-from liber_runtime.memory.packing import load_attributes, newest
+from liber_runtime.memory.history import History
+from liber_runtime.memory.packing import NO_VECTORS, Packed, load_attributes, stack_vectors
 
-_NO_VECTORS = np.zeros((0, 0), dtype=np.float32)
+KEPT_BEHAVIORS = 256
+"""Of the partitions, in one row. A bundle that looks back further reads the partitions themselves."""
+
+KEPT_VECTORS = 40
+"""Of an encoding, in one row. A bundle that fuses more reads them one by one."""
 
 
 def wanted_of(db: sqlite3.Connection, fingerprint: str) -> tuple[int, bool]:
@@ -24,7 +33,7 @@ def wanted_of(db: sqlite3.Connection, fingerprint: str) -> tuple[int, bool]:
 def read_users(
     db: sqlite3.Connection, user_ids: Sequence[str], history: int, partitions: int, encoding: int, wanted: bool
 ) -> dict[str, UserMemory | None]:
-    """See `MemoryStore.read`; a statement for all users where the engine would else be asked for each.
+    """See `MemoryStore.read`; one statement for all users.
 
     Args:
         db: in a transaction.
@@ -36,69 +45,107 @@ def read_users(
     """
     found: dict[str, UserMemory | None] = dict.fromkeys(user_ids)
     many = len(user_ids) > 1
-    held = db.execute(_USERS if many else _USER, (json.dumps(user_ids) if many else user_ids[0],)).fetchall()
-    vectors = _newest_vectors(db, [row[1:3] for row in held], partitions, encoding)
-    for user_id, user, cut, profile, item_ids, feedback, last_ids, last_feedback in held:
-        if len(feedback) < 8 * history and last_ids:
-            item_ids = f"{last_ids}\n{item_ids}" if item_ids else last_ids
-            feedback = last_feedback + feedback
-        if len(feedback) < 8 * history and cut > 1:
-            item_ids, feedback = _reach_back(db, user, cut, item_ids, feedback, history)
-        matrix = vectors.get(user, _NO_VECTORS)
-        foreign = _NOTHING
-        if cut and partitions > 0 and not len(matrix) and not wanted:
-            foreign = _foreign(db, user)
-        found[user_id] = UserMemory(load_attributes(profile), newest(item_ids, feedback, history), matrix, foreign)
+    # Of nobody's encoding there are no vectors: the join finds none where none are asked for.
+    given = (json.dumps(user_ids) if many else user_ids[0], encoding if partitions > 0 else -1)
+    held = db.execute(_USERS if many else _USER, given).fetchall()
+    profiles: dict[str, Attributes] = {}  # many users have the same
+    for user_id, user, cut, profile, item_ids, feedback, number, complete, older_ids, older, count, vectors in held:
+        if cut and len(feedback) < 8 * history:
+            if number == cut and (complete or len(feedback) + len(older) >= 8 * history):
+                item_ids, feedback = _joined(older_ids, item_ids, older, feedback)
+            else:
+                item_ids, feedback = _reach_back(db, user, cut, item_ids, feedback, history)
+        matrix, foreign = NO_VECTORS, _NOTHING
+        if cut and partitions > 0:
+            if count is not None and (count < KEPT_VECTORS or partitions <= KEPT_VECTORS):
+                matrix = np.frombuffer(vectors, "<f4").reshape(count, -1)[-partitions:]
+            elif encoding >= 0:
+                matrix = stack_vectors(_newest_vectors(db, user, encoding, partitions))
+            if not len(matrix) and not wanted:
+                foreign = _foreign(db, user)
+        if profile not in profiles:
+            profiles[profile] = load_attributes(profile)
+        found[user_id] = UserMemory(profiles[profile], History(item_ids, feedback).newest(history), matrix, foreign)
     return found
 
 
 _NOTHING: frozenset[str] = frozenset()
 
-# With the newest partition beside the cache: together they are long enough for most histories.
-_COLUMNS = "u.user_id, u.user, u.partitions, u.profile, u.item_ids, u.feedback, p.item_ids, p.feedback"
-_LAST = "LEFT JOIN partitions p ON p.user = u.user AND p.number = u.partitions"
-_USER = f"SELECT {_COLUMNS} FROM users u {_LAST} WHERE u.user_id = ?"
-_USERS = f"SELECT {_COLUMNS} FROM json_each(?) j CROSS JOIN users u ON u.user_id = j.value {_LAST}"
-
-
-def _newest_vectors(
-    db: sqlite3.Connection, held: Sequence[tuple[int, int]], partitions: int, encoding: int
-) -> dict[int, npt.NDArray[np.float32]]:
-    """float32[J, d] of each (user, number of partitions) that has vectors of an encoding."""
-    if partitions < 1 or encoding < 0:
-        return {}
-    rows: dict[int, list[bytes]] = {}
-    if len(held) > 1:
-        newest_numbers = json.dumps([[user, cut - partitions] for user, cut in held if cut])
-        for user, vector in db.execute(_ALL_NEWEST, (newest_numbers, encoding)):
-            rows.setdefault(user, []).append(vector)
-    for user, cut in held:
-        # Where some of the newest are pending, older ones take their places.
-        if cut and len(rows.get(user, ())) < min(partitions, cut):
-            numbered = db.execute(_NEWEST, (user, encoding, partitions)).fetchall()
-            rows[user] = [vector for (vector,) in reversed(numbered)]
-    return {user: np.frombuffer(b"".join(each), "<f4").reshape(len(each), -1) for user, each in rows.items() if each}
-
-
-_NEWEST = "SELECT vector FROM representations WHERE user = ? AND encoding = ? ORDER BY number DESC LIMIT ?"
-_ALL_NEWEST = (
-    "SELECT r.user, r.vector FROM json_each(?) j CROSS JOIN representations r"
-    " ON r.user = json_extract(j.value, '$[0]') AND r.encoding = ? AND r.number > json_extract(j.value, '$[1]')"
+_COLUMNS = (
+    "u.user_id, u.user, u.partitions, u.profile, u.item_ids, u.feedback,"
+    " b.number, b.complete, b.item_ids, b.feedback, v.count, v.vectors"
 )
+_COPIES = (
+    "LEFT JOIN newest_behaviors b ON b.user = u.user LEFT JOIN newest_vectors v ON v.user = u.user AND v.encoding = ?2"
+)
+_USER = f"SELECT {_COLUMNS} FROM users u {_COPIES} WHERE u.user_id = ?1"
+_USERS = f"SELECT {_COLUMNS} FROM json_each(?1) j CROSS JOIN users u ON u.user_id = j.value {_COPIES}"
+
+
+def keep_behaviors(db: sqlite3.Connection, user: int, number: int, cut: Iterable[Packed]) -> tuple[object, ...]:
+    """The row of a user's newest behaviors once partitions are cut: for ``INSERT OR REPLACE INTO newest_behaviors``.
+
+    Args:
+        db: in the transaction that cuts them.
+        user: whose.
+        number: of the user's last partition before.
+        cut: the partitions after it, in order.
+    """
+    row = db.execute(
+        "SELECT number, complete, item_ids, feedback FROM newest_behaviors WHERE user = ?", (user,)
+    ).fetchone()
+    if row and row[0] == number:
+        _, complete, item_ids, feedback = row
+    else:
+        item_ids, feedback = _reach_back(db, user, number, "", b"", KEPT_BEHAVIORS)
+        complete = len(feedback) < 8 * KEPT_BEHAVIORS or number == 0
+    for ids, given, _, _ in cut:
+        number += 1
+        item_ids, feedback = _joined(item_ids, ids, feedback, given)
+    kept = History(item_ids, feedback).newest(KEPT_BEHAVIORS).trimmed()
+    complete = complete and len(feedback) <= 8 * KEPT_BEHAVIORS
+    return user, number, int(complete), kept.joined_ids, kept.packed_feedback
+
+
+def keep_vectors(db: sqlite3.Connection, changed: Iterable[tuple[int, int]]) -> None:
+    """Makes the rows of the newest vectors.
+
+    Args:
+        db: in the transaction that changes them.
+        changed: (user, encoding), any of which may have vectors.
+    """
+    rows = []
+    for user, encoding in changed:
+        vectors = _newest_vectors(db, user, encoding, KEPT_VECTORS)
+        # Vectors that do not belong together are left as they are: whoever reads them is to be told.
+        if vectors and len(set(map(len, vectors))) == 1:
+            rows.append((user, encoding, len(vectors), b"".join(vectors)))
+    db.executemany("INSERT OR REPLACE INTO newest_vectors VALUES (?, ?, ?, ?)", rows)
+
+
+def _newest_vectors(db: sqlite3.Connection, user: int, encoding: int, limit: int) -> list[bytes]:
+    """In order. Where some of the newest are pending, older ones take their places."""
+    query = "SELECT vector FROM representations WHERE user = ? AND encoding = ? ORDER BY number DESC LIMIT ?"
+    rows = db.execute(query, (user, encoding, limit)).fetchall()
+    return [vector for (vector,) in reversed(rows)]
+
+
+def _joined(older_ids: str, item_ids: str, older: bytes, feedback: bytes) -> tuple[str, bytes]:
+    if not (older and feedback):
+        return (older_ids, older) if older else (item_ids, feedback)
+    return f"{older_ids}\n{item_ids}", older + feedback
 
 
 def _reach_back(
-    db: sqlite3.Connection, user: int, cut: int, item_ids: str, feedback: bytes, history: int
+    db: sqlite3.Connection, user: int, number: int, item_ids: str, feedback: bytes, history: int
 ) -> tuple[str, bytes]:
-    """Puts older partitions before what there is until the history is long enough."""
+    """Puts partitions, up to one of a number, before what there is until the history is long enough."""
     # Rows are fetched one by one: only as many partitions are touched as the history needs.
     runs = db.execute(
-        "SELECT item_ids, feedback FROM partitions WHERE user = ? AND number < ? ORDER BY number DESC", (user, cut)
+        "SELECT item_ids, feedback FROM partitions WHERE user = ? AND number <= ? ORDER BY number DESC", (user, number)
     )
-    for older_ids, older_feedback in runs:
-        if older_ids:
-            item_ids = f"{older_ids}\n{item_ids}" if item_ids else older_ids
-            feedback = older_feedback + feedback
+    for older_ids, older in runs:
+        item_ids, feedback = _joined(older_ids, item_ids, older, feedback)
         if len(feedback) >= 8 * history:
             break
     runs.close()
