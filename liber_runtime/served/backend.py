@@ -40,6 +40,26 @@ def version_directory(args: Mapping[str, str]) -> Path:
     return Path(args["model_repository"]) / args["model_version"]
 
 
+class Counter:
+    """A counter among the metrics that the server shows; calling it adds to it.
+
+    Args:
+        name: as Prometheus shows it.
+        description: beside it.
+    """
+
+    def __init__(self, name: str, description: str) -> None:
+        import triton_python_backend_utils as triton  # exists inside Triton only
+
+        # A family that nobody holds takes its metrics with it.
+        self._family = triton.MetricFamily(name=name, description=description, kind=triton.MetricFamily.COUNTER)
+        self._metric = self._family.Metric(labels={})
+
+    def __call__(self, amount: int) -> None:
+        """Adds `amount`."""
+        self._metric.increment(amount)
+
+
 def answer(requests: Sequence[Any], model: ServedModel) -> list[Any]:
     """Runs `model` on what Triton handed to ``execute`` and wraps the outcomes as Triton's responses."""
     import triton_python_backend_utils as triton  # exists inside Triton only

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import dataclasses
+import contextlib
+import sqlite3
+import urllib.request
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc
-from conftest import Built, Running
+from conftest import Built, Running, predict_offline
 from tritonclient.utils import InferenceServerException
 
-from builders.assembly import with_knowledge
-from builders.build import Knowledge, fit_for, know_items, make_liber, prepare, read_vectors
-from builders.build import train_once as load_trained
-from builders.datasets import Dataset
-from builders.replay import Samples, replay, split
 from builders.repository import BUNDLE_ENSEMBLES
-from builders.statistics import compute_numbers
-from builders.train import Index, TrainingData, predict
+from liber_runtime.behavior import Behavior
 from liber_runtime.exceptions import InvalidInputError, ScoringError
 from liber_runtime.memory import MemoryStore
 from liber_runtime.model_control import load_models
 from liber_runtime.scoring import AsyncScoringClient, ScoringClient
 from liber_runtime.settings import Settings
-from liber_runtime.writers.statistical import StatisticalWriter
 
 
 def users_of(built: Built) -> list[str]:
@@ -41,40 +36,9 @@ class TestAnswers:
     def test_served_probabilities_are_those_of_the_trained_model(
         self, client: ScoringClient, built: Built, store: MemoryStore
     ) -> None:
-        """The last sample of every user that is also their last behavior sees what the store holds, less itself.
-
-        So the users are scored offline for the state *after* their whole log, with an arbitrary candidate.
-        """
-        samples = replay(built.dataset, store.condition, built.settings.minimum)
-        parts = split(samples)
-        settings = built.settings
-        kept = built.directory / "knowledge"
-        knowledge = Knowledge(kept, built.manifest.encoder, built.manifest.fingerprint, built.manifest.writers)
-        fitted = fit_for(built.dataset, samples, parts, settings)
-        items = know_items(built.dataset, StatisticalWriter(), knowledge, fitted, settings)
-        fitted = with_knowledge(fitted, samples, parts, items)
-
-        def seen(dataset: Dataset, replayed: Samples, rows: Index) -> TrainingData:
-            vectors = read_vectors(store, replayed, rows, knowledge, built.settings)
-            served, trained = fitted.numbers.served, replayed is samples
-            numbers = compute_numbers(served, replayed, rows, fitted.vocabulary, settings.lookback)
-            return prepare(vectors, dataset, replayed, rows, fitted, None if trained else numbers)
-
-        data = seen(built.dataset, samples, parts.training_part)
-        model = make_liber(fitted, items, settings)
-        load_trained("liber", model, data, parts, built.settings, built.directory / "models")
-        longer = _with_one_more_behavior_each(built, store)
-        again = replay(longer, store.condition, built.settings.minimum)
-        rows = np.flatnonzero(again.behavior >= len(built.dataset.behaviors))
-        offline = predict(
-            model,
-            seen(longer, again, rows),
-            np.arange(len(rows)),
-        )
-        users = [again.user_ids[user] for user in again.user[rows]]
-        served = client.score(users, [again.item_ids[item] for item in again.item[rows]])
-        assert len(rows) > 20
-        np.testing.assert_allclose(served.probability, offline, atol=1e-5)
+        users, items, offline = predict_offline(built, store)
+        assert len(users) > 20
+        np.testing.assert_allclose(client.score(users, items).probability, offline, atol=1e-5)
 
     def test_one_user_with_many_candidates_and_many_users_are_the_same_call(
         self, client: ScoringClient, built: Built
@@ -119,6 +83,37 @@ class TestAnswers:
         assert ((scores.probability > 0) & (scores.probability < 1)).all()
         assert scores.unknown_users == ("nobody",)
         assert scores.unknown_items == ("nothing",)
+
+    def test_ids_may_come_one_by_one_as_other_clients_send_them(
+        self, running: Running, client: ScoringClient, built: Built
+    ) -> None:
+        users, items = users_of(built)[:2], items_of(built)[:3]
+        inputs = [
+            _tensor("user_id", [user.encode() for user in users]),
+            _tensor("item_id", [item.encode() for item in items]),
+            _index([0, 1, 0]),
+        ]
+        raw = tritonclient.grpc.InferenceServerClient(running.url)
+        answer = raw.infer("liber_score", inputs, client_timeout=10).as_numpy("click_probability")[0]
+        raw.close()
+        expected = client.score([users[0], users[1], users[0]], items).probability
+        np.testing.assert_allclose(answer, expected, atol=1e-6)
+
+    def test_of_a_long_history_the_newest_are_read_and_that_is_counted(
+        self, running: Running, client: ScoringClient, built: Built, store: MemoryStore, fresh_user: str
+    ) -> None:
+        lookback, items = built.manifest.lookback, items_of(built)
+        older = [Behavior(fresh_user, items[n % 7], 1.0, 1e9 + n) for n in range(3)]
+        newer = [Behavior(fresh_user, items[n % 7], 1.0 + n % 5, 1.1e9 + n) for n in range(lookback)]
+        before = _truncated(running)
+        store.append([*older, *newer])
+        longer = client.score(fresh_user, items).probability
+        assert _truncated(running) == before + 1
+        store.forget(fresh_user)
+        store.append(newer)
+        np.testing.assert_allclose(client.score(fresh_user, items).probability, longer, atol=1e-6)
+        assert _truncated(running) == before + 1
+        store.forget(fresh_user)
 
     def test_ids_of_any_script_travel(self, client: ScoringClient) -> None:
         scores = client.score("пользователь-7 ✓", ["映画", "película"])
@@ -221,6 +216,25 @@ class TestServerRefuses:
         assert "model.py" not in str(raised.value)
         assert len(client.score(users_of(built)[0], items_of(built)[:3]).probability) == 3
 
+    def test_a_user_with_a_vector_that_is_no_number(
+        self, running: Running, client: ScoringClient, built: Built, store: MemoryStore, fresh_user: str
+    ) -> None:
+        """No store takes such a vector: it is written behind its back."""
+        store.append([Behavior(fresh_user, items_of(built)[0], 3.0, 1e9 + n) for n in range(40)])
+        vector = np.full(built.manifest.dimension, np.nan, "<f4").tobytes()
+        with contextlib.closing(sqlite3.connect(built.store_url.removeprefix("sqlite:///"))) as db, db:
+            db.execute(
+                "INSERT INTO representations SELECT user, encoding, 1, ? FROM users, encodings"
+                " WHERE user_id = ? AND fingerprint = ?",
+                (vector, fresh_user, built.manifest.fingerprint),
+            )
+        with pytest.raises(ScoringError, match=f"a vector of user '{fresh_user}' .* NaN or infinity; make") as raised:
+            client.score([fresh_user, users_of(built)[0]], items_of(built)[:2])
+        assert raised.value.status == "UNAVAILABLE"
+        assert len(client.score(users_of(built)[0], items_of(built)[:3]).probability) == 3
+        store.forget(fresh_user)
+        assert client.score(fresh_user, items_of(built)[:1]).unknown_users == (fresh_user,)
+
     def test_an_unknown_model(self, running: Running) -> None:
         with pytest.raises(ScoringError, match="liber build") as raised:
             load_models(running.url, ("liber_scores",))
@@ -249,6 +263,12 @@ def test_both_ensembles_are_served(running: Running) -> None:
     raw.close()
 
 
+def _truncated(running: Running) -> float:
+    with urllib.request.urlopen(running.server.metrics_url, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("liber_histories_truncated_total"))
+
+
 def _statistics(url: str, model: str) -> Any:
     raw = tritonclient.grpc.InferenceServerClient(url)
     (statistics,) = raw.get_inference_statistics(model).model_stats
@@ -262,19 +282,3 @@ def _executions(url: str, model: str) -> int:
 
 def _requests(url: str, model: str) -> int:
     return int(_statistics(url, model).inference_count)
-
-
-def _with_one_more_behavior_each(built: Built, store: MemoryStore) -> Any:
-    last = built.dataset.behaviors[-1].timestamp
-    items = items_of(built)
-    more = [
-        dataclasses.replace(
-            built.dataset.behaviors[0],
-            user_id=user,
-            item_id=items[place % len(items)],
-            timestamp=last + 1 + place,
-            event_id=f"candidate-{place}",
-        )
-        for place, user in enumerate(users_of(built))
-    ]
-    return dataclasses.replace(built.dataset, behaviors=[*built.dataset.behaviors, *more])

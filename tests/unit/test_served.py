@@ -16,16 +16,18 @@ from builders.export import export_backbone, export_fuser
 from builders.models import make_backbone
 from builders.models.backbone import Ranker
 from builders.models.features import FeatureEmbedding, Inputs
-from builders.models.fuser import AttentionFuser
+from builders.models.functions import pad_partitions
+from builders.models.fuser import AttentionFuser, Fuser, MeanFuser
 from builders.models.numbers import Numbers
 from builders.pca import fingerprint, fit_pca
 from liber_runtime.behavior import Behavior, Domain, Item
 from liber_runtime.bundle import BACKBONE, FUSER, PCA, EncoderSpec, Manifest
-from liber_runtime.exceptions import ConfigurationError, InvalidInputError
+from liber_runtime.exceptions import ConfigurationError, InvalidInputError, StoreError
 from liber_runtime.memory import MemoryStore, open_store
+from liber_runtime.memory.sqlite import SQLiteStore
 from liber_runtime.representation import Encoded
 from liber_runtime.served.encoding import EncoderModel, ProjectionModel, TokenizerModel
-from liber_runtime.served.folding import AttentionFuserModel, BackboneModel
+from liber_runtime.served.folding import USERS_TOGETHER, AttentionFuserModel, BackboneModel
 from liber_runtime.served.session import OnnxSession
 from liber_runtime.served.user_memory import UserMemoryModel, check
 from liber_runtime.settings import Settings
@@ -45,7 +47,7 @@ VOCABULARY = Vocabulary(
 DOMAIN = Domain("films", "movie", "stars", (1, 5), 3, ("genre",))
 
 
-def manifest(fingerprint: str = "abc", lookback: int = T) -> Manifest:
+def manifest(fingerprint: str = "abc", lookback: int = T, fused: bool = True) -> Manifest:
     return Manifest(
         format=1,
         bundle_id="b",
@@ -57,6 +59,8 @@ def manifest(fingerprint: str = "abc", lookback: int = T) -> Manifest:
         history_length=T,
         lookback=lookback,
         fusion="matched",
+        fused=fused,
+        precision="fp32",
         max_partitions=3,
         backbone="DIEN",
         writers=("statistical",),
@@ -109,8 +113,21 @@ async def encoded(store: MemoryStore) -> MemoryStore:
     return store
 
 
-def make_step(store: MemoryStore, lookback: int = T) -> UserMemoryModel:
-    return UserMemoryModel(store, VOCABULARY, manifest(lookback=lookback), Settings())
+def make_step(store: MemoryStore, lookback: int = T, kernels: str = "auto") -> UserMemoryModel:
+    return UserMemoryModel(store, VOCABULARY, manifest(lookback=lookback), Settings(kernels=kernels))
+
+
+def test_without_fusion_no_vectors_are_read_whoever_made_them(encoded: MemoryStore) -> None:
+    asked = request([b"long", b"short"], [b"i3"], [0])
+    (full,) = make_step(encoded).run([asked])
+    assert isinstance(full, dict)
+    for maker in ("abc", "unheard of"):
+        model = UserMemoryModel(encoded, VOCABULARY, manifest(maker, fused=False), Settings())
+        (plain,) = model.run([asked])
+        assert isinstance(plain, dict)
+        assert set(full) - set(plain) == {name for name in full if name.startswith(("representations", "partition_"))}
+        for name, array in plain.items():
+            np.testing.assert_array_equal(array, full[name])
 
 
 def test_user_memory_maps_what_the_store_holds(encoded: MemoryStore) -> None:
@@ -124,9 +141,8 @@ def test_user_memory_maps_what_the_store_holds(encoded: MemoryStore) -> None:
     assert outcome["history_item"][0, 1].tolist() == [2, 0, 0, 0, 0, 0]
     assert outcome["history_feedback"][0, 1].tolist() == [5, 2, 0, 0, 0, 0]
     assert outcome["profile"].tolist() == [[[2], [0]]]
-    assert outcome["representations"].shape == (1, 2, 3, D)
-    assert outcome["partition_mask"].tolist() == [[[True] * 3, [False] * 3]]
-    assert not outcome["representations"][0, 1].any()
+    assert outcome["representations"].shape == (1, 3, D)
+    assert outcome["partition_count"].tolist() == [[3, 0]]
 
 
 def test_a_history_is_as_long_as_the_bundle_looks_back_whatever_its_backbone_reads(encoded: MemoryStore) -> None:
@@ -146,7 +162,8 @@ def test_a_user_of_whom_nothing_is_held_is_empty_not_an_error(encoded: MemorySto
     assert isinstance(outcome, dict)
     assert outcome["user_known"].tolist() == [[False]]
     assert outcome["history_length"].tolist() == [[0]]
-    assert outcome["partition_mask"].tolist() == [[[False]]]
+    assert outcome["partition_count"].tolist() == [[0]]
+    assert outcome["representations"].tolist() == [[[0] * D]]
 
 
 def test_a_bad_request_leaves_the_others_of_its_batch_alone(encoded: MemoryStore) -> None:
@@ -168,6 +185,80 @@ def test_vectors_of_another_encoder_are_refused(encoded: MemoryStore) -> None:
     assert isinstance(unaffected, dict)
 
 
+def test_kernels_map_what_the_vocabulary_maps(encoded: MemoryStore) -> None:
+    encoded.append(
+        [Behavior("odd", item, n / 2, float(n)) for n, item in enumerate(["i1", "映画", "i", "i29 ", "i29"])]
+    )
+    users = [b"nobody", b"long", b"short", b"odd", b"long\nshort"]
+    items = [b"i3", b"new", "映画".encode(), b"i3\ni4", b"i29", b"i30"]
+    for lookback in (1, T, 104, 500):
+        asked = [
+            request(users, items, [0] * 6),
+            request(users[::-1], items[:1], [4]),
+            request([b"nobody"], items, [0] * 6),
+        ]
+        compiled = make_step(encoded, lookback).run(asked)
+        interpreted = make_step(encoded, lookback, kernels="none").run(asked)
+        for first, second in zip(compiled, interpreted, strict=True):
+            assert isinstance(first, dict)
+            assert isinstance(second, dict)
+            for name, array in second.items():
+                assert first[name].dtype == array.dtype
+                np.testing.assert_array_equal(first[name], array)
+
+
+def test_ids_travel_one_by_one_or_in_lines(encoded: MemoryStore) -> None:
+    model = make_step(encoded)
+    apart = request([b"long", b"short"], [b"i3", b"new"], [1, 0])
+    lines = {**request([b"long\nshort"], [b"i3\nnew"], []), "user_index": apart["user_index"]}
+    first, second = model.run([apart, lines])
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ([[1, 2, float("nan"), 4]], "a vector of user 'bad one' in the store holds NaN or infinity; make them again"),
+        (
+            [[1] * 4, [float("-inf")] * 4],
+            "holds NaN or infinity; make them again with `liber rewrite --user 'bad one'`",
+        ),
+        ([[1] * 8], "the store's vectors of user 'bad one' have 8 numbers, this bundle reads 4; make them again"),
+        ([[1] * 8, [1] * 4], "the store's vectors of user 'bad one' are not of one size; make them again"),
+    ],
+)
+def test_a_user_with_an_unusable_vector_is_named_and_not_scored(
+    encoded: MemoryStore, vectors: list[list[float]], message: str
+) -> None:
+    """No store takes such vectors: they are written behind its back."""
+    assert isinstance(encoded, SQLiteStore)
+    encoded.append([Behavior("bad one", f"i{n}", 3.0, float(n)) for n in range(40)])
+    rows = [(number, np.array(vector, "<f4").tobytes()) for number, vector in enumerate(vectors, 1)]
+    encoded._file.write(
+        lambda db: db.executemany(
+            "INSERT INTO representations SELECT user, 1, ?, ? FROM users WHERE user_id = 'bad one'", rows
+        )
+    )
+    good = request([b"long"], [b"i3"], [0])
+    first, bad, last = make_step(encoded).run([good, request([b"short", b"bad one"], [b"i3"], [0]), good])
+    assert isinstance(bad, StoreError)
+    assert message in str(bad)
+    assert isinstance(first, dict)
+    assert isinstance(last, dict)
+
+
+def test_users_of_whom_more_is_held_than_is_looked_back_are_counted(encoded: MemoryStore) -> None:
+    counted: list[int] = []
+    for lookback, more in ((T, 2), (105, 0), (104, 1)):
+        encoded.append([Behavior("other", f"i{n}", 3.0, float(n)) for n in range(T + 1)])
+        model = UserMemoryModel(encoded, VOCABULARY, manifest(lookback=lookback), Settings(), counted.append)
+        model.run([request([b"long", b"short"], [b"i3"], [0]), request([b"other", b"long", b"nobody"], [b"i3"], [0])])
+        assert sum(counted) == more
+        counted.clear()
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -176,6 +267,7 @@ def test_vectors_of_another_encoder_are_refused(encoded: MemoryStore) -> None:
         (request([b"u"], [b"i"] * 11, [0] * 11), "11 candidates in one request; the limit is 10"),
         (request([b"u"] * 6, [b"i"], [0]), "6 users in one request; the limit is 5"),
         (request([b"u"], [b"i", b"j"], [0]), "user_index has 1 entries for 2 candidates"),
+        (request([b"a\nb\nc\nd\ne\nf"], [b"i"], [0]), "6 users in one request; the limit is 5"),
         (request([b"u", b"v"], [b"i"], [2]), r"user_index\[0\] is 2; with 2 users it must lie in 0..1"),
         (request([b"u"], [b"i"], [-1]), r"user_index\[0\] is -1"),
         (request([b"\xff\xfe"], [b"i"], [0]), r"user_id\[0\] is b'\\xff\\xfe', which is not UTF-8"),
@@ -187,7 +279,7 @@ def test_unusable_requests_are_named(tensors: dict[str, np.ndarray], message: st
         check(tensors, Settings(max_users=5, max_candidates=10))
 
 
-def make_ranker(lookback: int) -> Ranker:
+def make_ranker(lookback: int, interest_size: int = D) -> Ranker:
     torch.manual_seed(0)
     table = np.arange(len(VOCABULARY.items) + 1, dtype=np.int32)[:, np.newaxis]
     features = FeatureEmbedding(
@@ -197,9 +289,10 @@ def make_ranker(lookback: int) -> Ranker:
         history_length=T,
         lookback=lookback,
         embedding_dim=4,
-        interest_size=D,
+        interest_size=interest_size,
     )
-    return Ranker(features, make_backbone("DIEN", features.schema), AttentionFuser(D)).eval()
+    fuser = AttentionFuser(D) if interest_size else None
+    return Ranker(features, make_backbone("DIEN", features.schema), fuser).eval()
 
 
 @pytest.fixture(scope="module", params=[T, LOOKBACK], ids=["reads-all", "looks-back"])
@@ -211,6 +304,11 @@ def graphs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     export_fuser(model.fuser, directory / FUSER)
     export_backbone(model, directory / BACKBONE)
     return model, directory
+
+
+def test_a_backbone_without_liber_asks_for_no_interest(tmp_path: Path) -> None:
+    export_backbone(make_ranker(T, interest_size=0), tmp_path / BACKBONE)
+    assert "interest" not in BackboneModel.load(tmp_path).inputs
 
 
 def score(memory: UserMemoryModel, graphs: Path, requests: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
@@ -249,9 +347,42 @@ def test_what_is_served_is_what_the_trained_model_says(encoded: MemoryStore, gra
     tensors = {name: torch.from_numpy(array[0]) for name, array in {**read, **sent}.items() if array.dtype != object}
     inputs = Inputs(**{name: tensors[name] for name in Inputs._fields if name in tensors})
     with torch.inference_mode():
-        expected = model(inputs, tensors["representations"], tensors["partition_mask"]).sigmoid().numpy()
+        padded = pad_partitions(tensors["representations"], tensors["partition_count"])
+        expected = model(inputs, *padded).sigmoid().numpy()
     np.testing.assert_allclose(served[0], expected, atol=1e-5)
     assert served.std() > 1e-4
+
+
+@pytest.fixture(scope="module", params=[AttentionFuser, MeanFuser])
+def fuser(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Fuser, Path]:
+    torch.manual_seed(0)
+    model, directory = request.param(D), tmp_path_factory.mktemp("fuser")
+    export_fuser(model, directory / FUSER)
+    return model, directory
+
+
+@pytest.mark.parametrize("sizes", [[1], [3, 1, 200], [USERS_TOGETHER, USERS_TOGETHER + 1]])
+@pytest.mark.parametrize("most", [0, 1, 40])
+@pytest.mark.parametrize("kernels", ["auto", "none"])
+def test_users_fused_together_are_fused_as_one_by_one(
+    fuser: tuple[Fuser, Path], sizes: list[int], most: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, directory = fuser
+    monkeypatch.setenv("LIBER_KERNELS", kernels)
+    random = np.random.default_rng(most)
+    counts = [random.integers(most + 1, size=(1, size)).astype(np.int32) for size in sizes]
+    batch = [
+        {"representations": random.normal(size=(1, count.sum() or 1, D)).astype(np.float32), "partition_count": count}
+        for count in counts
+    ]
+    outcomes = AttentionFuserModel.load(directory).run(batch)
+    for tensors, outcome in zip(batch, outcomes, strict=True):
+        assert isinstance(outcome, dict)
+        (count,) = tensors["partition_count"]
+        parts = np.split(tensors["representations"][0], np.cumsum(count))[: len(count)]
+        with torch.inference_mode():
+            alone = [model(torch.from_numpy(part[None]), torch.ones(1, len(part), dtype=torch.bool)) for part in parts]
+        np.testing.assert_allclose(outcome["interest"][0], torch.cat(alone).numpy(), atol=1e-5)
 
 
 def texts(*pairs: tuple[str, str]) -> dict[str, np.ndarray]:
@@ -362,20 +493,20 @@ async def test_a_bundle_reads_the_vectors_of_its_own_encoding_and_no_others(enco
     encoded.encode_by({"abc", "other"})
     models = [UserMemoryModel(encoded, VOCABULARY, manifest(name), Settings()) for name in ("abc", "other")]
 
-    def read(model: UserMemoryModel) -> tuple[list[float], list[bool]]:
+    def read(model: UserMemoryModel) -> tuple[list[float], int]:
         (outcome,) = model.run([request([b"long"], [b"i3"], [0])])
         assert isinstance(outcome, dict)
-        return outcome["representations"][0, 0, :, 0].tolist(), outcome["partition_mask"][0, 0].tolist()
+        return outcome["representations"][0, :, 0].tolist(), int(outcome["partition_count"][0, 0])
 
     # Wanted and not made yet: there is nothing, which is no reason to refuse.
     before = read(models[0])
-    assert before[1] == [True] * 3
-    assert read(models[1]) == ([0.0], [False])
+    assert before[1] == 3
+    assert read(models[1]) == ([0.0], 0)
     encoder = ConstantEncoder("other")
     await encoder.encode([("", "")] * 100)
     await Worker(encoded, None, encoder).drain()
     assert read(models[0]) == before
-    assert read(models[1])[1] == [True] * 3
+    assert read(models[1])[1] == 3
     assert min(read(models[1])[0]) >= 100
     # After the switch, what is on its way to the bundle before is still answered.
     encoded.encode_by({"other"})
@@ -386,5 +517,5 @@ def test_pending_partitions_do_not_hold_up_scoring(store: MemoryStore) -> None:
     assert store.statistics().pending["summary"] == 5
     (outcome,) = make_step(store).run([request([b"long"], [b"i3"], [0])])
     assert isinstance(outcome, dict)
-    assert not outcome["partition_mask"].any()
+    assert not outcome["partition_count"].any()
     assert outcome["history_length"].tolist() == [[T]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from liber_runtime.served.backend import answer, version_directory
+from liber_runtime.served.backend import Counter, answer, version_directory
 from liber_runtime.served.user_memory import UserMemoryModel
 
 
@@ -14,7 +14,8 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the bundle's part of this model version."""
-        self._model = UserMemoryModel.load(version_directory(args))
+        count = Counter("liber_histories_truncated_total", "Users read of whom more is held than is looked back.")
+        self._model = UserMemoryModel.load(version_directory(args), count)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answers the requests that Triton merged."""
