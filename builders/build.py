@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from builders.assembly import FittedFeatures, Fusion, fit_features, make_ranker, with_knowledge
+from builders.assembly import KNOWING, FittedFeatures, Fusion, fit_features, make_ranker, with_knowledge
 from builders.bundle import write_bundle
 from builders.catalogue import embed_items, write_items
 from builders.checkpoint import training_key
@@ -44,11 +44,13 @@ from liber_runtime.bundle import (
     ENCODER,
     ENCODER_SPEC,
     FUSER,
+    PARTS,
     PCA,
     TOKENIZER,
     VOCABULARY,
     EncoderSpec,
     Manifest,
+    Precision,
 )
 from liber_runtime.exceptions import ConfigurationError
 from liber_runtime.memory import MemoryStore, PartitionRecord, Timeline
@@ -70,13 +72,14 @@ class BuildSettings:
 
     Attributes:
         backbone: see `make_backbone`.
-        fusion: see `Fusion`; ``paper`` or ``matched``.
+        fusion: see `Fusion`; ``none`` and ``items`` make a bundle that scores without an interest.
         encoder: BERT checkpoint, see `export_encoder`.
         dimension: d, size of r_j and of the interest.
         history_length: T, newest behaviors the backbone reads.
         lookback: newest behaviors that feedback to similar items is looked up in; not less than T.
         minimum: earlier behaviors a sample needs; the paper's K.
         seed: of weights, batches and dropout.
+        precision: of the backbone's weights where it is served, see `export_backbone`.
         refit_pca: fit the PCA anew even if an earlier build of the same directory left one with its bundle.
         hyperparameters: of model and training; None for those that were chosen for the backbone.
     """
@@ -89,6 +92,7 @@ class BuildSettings:
     lookback: int = 200
     minimum: int = 20
     seed: int = 1
+    precision: Precision = "fp32"
     refit_pca: bool = False
     hyperparameters: Hyperparameters | None = None
 
@@ -241,7 +245,7 @@ def read_vectors(
 def know_items(
     dataset: Dataset, writer: Writer, knowledge: Knowledge, fitted: FittedFeatures, settings: BuildSettings
 ) -> npt.NDArray[np.float32] | None:
-    """The items' own knowledge float32[I+1, d], where r̂ is to meet it: their texts as the partitions' are made.
+    """The items' own knowledge float32[I+1, d], where the fusion reads it: their texts as the partitions' are made.
 
     Args:
         dataset: whose catalogue it is.
@@ -254,7 +258,7 @@ def know_items(
         InvalidInputError: the data set has no catalogue.
         LiberError: the writer gave no usable answer.
     """
-    if settings.fusion == "paper":
+    if settings.fusion not in KNOWING:
         return None
     texts = write_items(dataset, writer, knowledge.directory)
     with open_encoder(knowledge.directory, knowledge.spec, knowledge.fingerprint) as encoder:
@@ -321,7 +325,7 @@ def make_base(fitted: FittedFeatures, settings: BuildSettings) -> Ranker:
 def make_liber(
     fitted: FittedFeatures, item_knowledge: npt.NDArray[np.float32] | None, settings: BuildSettings
 ) -> Ranker:
-    """Fuser and backbone (Eq. 5-7), weights from the seed; `item_knowledge` as of `know_items`."""
+    """Fuser, if the fusion has one, and backbone (Eq. 5-7), weights from the seed; `item_knowledge` of `know_items`."""
     return make_ranker(
         settings.backbone,
         fitted,
@@ -390,16 +394,15 @@ def export_bundle(
     directory: Path,
     settings: BuildSettings,
 ) -> Manifest:
-    """Exports everything that serving needs into the bundle `directory`."""
-    if model.fuser is None:
-        raise ValueError("a bundle holds a fuser; export a ranker with LIBER")
+    """Exports everything that serving needs into the bundle `directory`; no fuser if the model has none."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export-") as scratch:
         made = Path(scratch)
-        export_fuser(model.fuser, made / FUSER)
-        export_backbone(model, made / BACKBONE)
+        export_backbone(model, made / BACKBONE, precision=settings.precision)
         (made / VOCABULARY).write_text(fitted.vocabulary.vocabulary.model_dump_json())
-        parts = {name: made / name for name in (FUSER, BACKBONE, VOCABULARY)}
+        if model.fuser is not None:
+            export_fuser(model.fuser, made / FUSER)
+        parts = {name: made / name for name in PARTS if (made / name).is_file()}
         parts |= {name: knowledge.directory / name for name in (ENCODER, ENCODER_SPEC, TOKENIZER, PCA)}
         return write_bundle(
             parts,
@@ -415,6 +418,7 @@ def export_bundle(
             fusion=settings.fusion,
             writers=knowledge.writers,
             seed=settings.seed,
+            precision=settings.precision,
         )
 
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from liber_runtime.bundle import FORMAT, MANIFEST, PARTS, EncoderSpec, Manifest, digest_of
+from liber_runtime.bundle import FORMAT, FUSER, MANIFEST, EncoderSpec, Manifest, Precision, digest_of, parts_of
 
 
 def write_bundle(
@@ -27,11 +27,13 @@ def write_bundle(
     fusion: str,
     writers: tuple[str, ...],
     seed: int,
+    precision: Precision = "fp32",
 ) -> Manifest:
     """Makes `directory` a complete bundle, replacing what was there as a whole.
 
     Args:
-        parts: where each of `liber_runtime.bundle.PARTS` lies now.
+        parts: where each of `liber_runtime.bundle.PARTS` lies now. Without a fuser it becomes a bundle that scores
+            without an interest.
         directory: of the bundle.
         domain: see `Manifest`, as for the rest.
         encoder: of the representations.
@@ -44,11 +46,13 @@ def write_bundle(
         fusion: how it takes the interest.
         writers: authors of the texts.
         seed: of training.
+        precision: of the backbone's weights.
     """
-    digests = {name: digest_of(parts[name]) for name in PARTS}
+    fused = FUSER in parts
+    digests = {name: digest_of(parts[name]) for name in parts_of(fused)}
     manifest = Manifest(
         format=FORMAT,
-        bundle_id=hashlib.sha256("".join(digests[name] for name in PARTS).encode()).hexdigest()[:16],
+        bundle_id=hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:16],
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         domain=domain,
         encoder=encoder,
@@ -59,6 +63,8 @@ def write_bundle(
         max_partitions=max_partitions,
         backbone=backbone,
         fusion=fusion,
+        fused=fused,
+        precision=precision,
         writers=writers,
         seed=seed,
         digests=digests,
@@ -66,7 +72,7 @@ def write_bundle(
     building = directory.with_name(f".{directory.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    for name in PARTS:
+    for name in manifest.parts:
         place_file(parts[name], building / name)
     (building / MANIFEST).write_text(manifest.model_dump_json(indent=2))
     shutil.rmtree(directory, ignore_errors=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import pydantic
 
 from liber_runtime.exceptions import ConfigurationError
 
-FORMAT = 2
+FORMAT = 3
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
@@ -23,9 +24,20 @@ ENCODER_SPEC = "encoder.json"
 PCA = "pca.onnx"
 FUSER = "fuser.onnx"
 BACKBONE = "backbone.onnx"
+TABLES = "backbone.tables"
+"""Large tables of the backbone's graph, which names them as its external data; empty if it has none."""
 
-PARTS = (VOCABULARY, TOKENIZER, ENCODER, ENCODER_SPEC, PCA, FUSER, BACKBONE)
-"""Files of a bundle beside its manifest."""
+PARTS = (VOCABULARY, TOKENIZER, ENCODER, ENCODER_SPEC, PCA, FUSER, BACKBONE, TABLES)
+"""Files that a bundle may have beside its manifest; `parts_of` says which it has."""
+
+
+Precision: TypeAlias = Literal["fp32", "int8"]
+"""Of the weights that a backbone's graph multiplies by."""
+
+
+def parts_of(fused: bool) -> tuple[str, ...]:
+    """Files of a bundle beside its manifest: a backbone that reads no interest comes without a fuser."""
+    return tuple(part for part in PARTS if fused or part != FUSER)
 
 
 class EncoderSpec(pydantic.BaseModel, frozen=True):
@@ -81,6 +93,8 @@ class Manifest(pydantic.BaseModel, frozen=True):
         max_partitions: newest representations of a user that are fused.
         backbone: name of the CTR model.
         fusion: how the backbone takes the interest, see ``builders.assembly.Fusion``.
+        fused: whether it takes it at all. Without it there is no fuser, and scoring reads no vectors.
+        precision: of the backbone's weights in its graph.
         writers: authors of the texts it was trained on.
         seed: of training.
         digests: sha256 per part.
@@ -98,6 +112,8 @@ class Manifest(pydantic.BaseModel, frozen=True):
     max_partitions: int
     backbone: str
     fusion: str
+    fused: bool
+    precision: Precision
     writers: tuple[str, ...]
     seed: int
     digests: dict[str, str]
@@ -111,15 +127,26 @@ class Manifest(pydantic.BaseModel, frozen=True):
         """
         path = directory / MANIFEST
         try:
-            manifest = cls.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
+            # Alone and first: what else a manifest of another format holds is not known here.
+            found = _Format.model_validate_json(content).format
+            if found != FORMAT:
+                raise ConfigurationError(
+                    f"bundle {directory} has format {found}, this version reads {FORMAT}; run `liber build` again"
+                )
+            return cls.model_validate_json(content)
         except (OSError, pydantic.ValidationError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigurationError(f"bundle manifest {path} cannot be read ({reason}); run `liber build`") from None
-        if manifest.format != FORMAT:
-            raise ConfigurationError(
-                f"bundle {directory} has format {manifest.format}, this version reads {FORMAT}; run `liber build` again"
-            )
-        return manifest
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Files of this bundle beside the manifest."""
+        return parts_of(self.fused)
+
+
+class _Format(pydantic.BaseModel):
+    format: int
 
 
 def verify(directory: Path) -> Manifest:
@@ -129,7 +156,7 @@ def verify(directory: Path) -> Manifest:
         ConfigurationError: a part is missing or its digest differs.
     """
     manifest = Manifest.load(directory)
-    for part in PARTS:
+    for part in manifest.parts:
         path = directory / part
         if not path.is_file():
             raise ConfigurationError(f"bundle {directory} lacks {part}; run `liber build` again")

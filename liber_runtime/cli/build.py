@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 from rich.table import Table
 
-from liber_runtime.bundle import Manifest
+from liber_runtime.bundle import Manifest, Precision
 from liber_runtime.cli.application import (
     DataOption,
     StoreOption,
@@ -74,6 +74,17 @@ ServingOption = Annotated[
     str | None,
     typer.Option("--triton", help="host:port of a running Triton on that repository: it switches to the new version."),
 ]
+Target: TypeAlias = Literal["cpu", "gpu"]
+TargetOption = Annotated[
+    Target | None,
+    typer.Option(
+        help="What --repository is for. cpu: any Triton. gpu: NVIDIA's image, whose own backend runs the graphs. "
+        "Default: what it was first published for, else cpu."
+    ),
+]
+TensorrtOption = Annotated[
+    bool, typer.Option("--tensorrt", help="For --target gpu: TensorRT compiles the graphs, when a shape comes first.")
+]
 LOOKBACK = typer.Option(help="Newest behaviors in which feedback to similar items is looked up.", min=1)
 LookbackOption = Annotated[int, LOOKBACK]
 RefitOption = Annotated[
@@ -86,8 +97,16 @@ RefitOption = Annotated[
 _BACKBONE_HELP = (
     "LR, DNN, DCN, DCNv2, DeepFM, xDeepFM, AutoInt, FiBiNet, DIN, DIEN, or one of your own as package.module:Class."
 )
-_FUSION_HELP = "paper: the interest is one more feature (Eq. 7). matched: it also meets the candidate's own text."
-Fusion: TypeAlias = Literal["paper", "matched"]
+_FUSION_HELP = (
+    "paper: the interest is one more feature (Eq. 7). matched: it also meets the candidate's own text. none: the "
+    "backbone alone, served without reading vectors. items: that, with the items' own texts among its numbers."
+)
+Fusion: TypeAlias = Literal["none", "items", "paper", "matched"]
+
+_PRECISION_HELP = (
+    "Of the backbone's weights. int8: one byte each, for machines without compiled kernels, for --target cpu; scores "
+    "change a little."
+)
 
 building = typer.Typer()
 application.add_typer(building, name="build")
@@ -101,6 +120,8 @@ def build(
     output_directory: OutputOption = Path("runs/build"),
     repository: RepositoryOption = None,
     triton: ServingOption = None,
+    target: TargetOption = None,
+    tensorrt: TensorrtOption = False,
     condition: Annotated[
         str | None, typer.Option(help="When the cache is cut, for a new store. Default count(20).")
     ] = None,
@@ -114,15 +135,18 @@ def build(
     lookback: LookbackOption = 200,
     refit_pca: RefitOption = False,
     seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.")] = 1,
+    precision: Annotated[Precision, typer.Option(help=_PRECISION_HELP)] = "fp32",
 ) -> None:
     """Make a bundle: fill the store, write texts, fit encoder, PCA, fuser and backbone, export, publish.
+
+    With --fusion none the same store serves the backbone without LIBER; another build serves it with.
 
     Runs at low priority. Needs a checkout and the extras build and serve.
     """
     if context.invoked_subcommand is not None:
         _refuse_misplaced(context)
         return
-    _require_repository(repository, triton)
+    _require_repository(repository, triton, target, tensorrt, precision)
     with needs_builders():
         from builders.datasets import load
 
@@ -142,6 +166,7 @@ def build(
         history_length=history,
         lookback=max(lookback, history),
         seed=seed,
+        precision=precision,
         refit_pca=refit_pca,
     )
     if encoder is not None:
@@ -149,7 +174,7 @@ def build(
     with opened(store, condition, create=True) as memory:
         manifest, result = build_bundle(memory, dataset, StatisticalWriter(), output_directory, settings)
         _tell_result(manifest, result, output_directory)
-        _bring_into_service(memory, manifest, output_directory / "bundle", repository, triton)
+        _bring_into_service(memory, manifest, output_directory / "bundle", repository, triton, target, tensorrt)
 
 
 @building.command("re-encode")
@@ -158,6 +183,8 @@ def reencode(
     output_directory: OutputOption = Path("runs/build"),
     repository: RepositoryOption = None,
     triton: ServingOption = None,
+    target: TargetOption = None,
+    tensorrt: TensorrtOption = False,
     encoder: Annotated[
         str | None,
         typer.Option(
@@ -171,13 +198,16 @@ def reencode(
     lookback: Annotated[int | None, LOOKBACK] = None,
     refit_pca: RefitOption = False,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help=_PRECISION_HELP)] = None,
 ) -> None:
     """Make vectors and a bundle anew from what the store holds: another encoder, dimension or PCA, and no writer call.
 
     Scoring, appending and workers go on meanwhile, with the old vectors until the new bundle serves. A run that was
     interrupted goes on where it was. Runs at low priority. Needs a checkout and the extras build and serve.
     """
-    _require_repository(repository, triton)
+    before = output_directory / "bundle"
+    kept = Manifest.load(before) if before.is_dir() else None
+    _require_repository(repository, triton, target, tensorrt, precision or (kept.precision if kept else "fp32"))
     # What builds takes seconds to import: a mistyped store is told at once.
     with opened(store):
         pass
@@ -188,10 +218,8 @@ def reencode(
     from liber_runtime.writers.statistical import StatisticalWriter
 
     lower_priority()
-    before = output_directory / "bundle"
     settings = BuildSettings(refit_pca=refit_pca)
-    if before.is_dir():
-        kept = Manifest.load(before)
+    if kept is not None:
         was: dict[str, Any] = {
             "backbone": kept.backbone,
             "fusion": kept.fusion,
@@ -200,6 +228,7 @@ def reencode(
             "history_length": kept.history_length,
             "lookback": kept.lookback,
             "seed": kept.seed,
+            "precision": kept.precision,
         }
         settings = dataclasses.replace(settings, **was)
     given: dict[str, Any] = {
@@ -210,13 +239,14 @@ def reencode(
         "history_length": history,
         "lookback": lookback,
         "seed": seed,
+        "precision": precision,
     }
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
     _require_backbone(settings.backbone)
     with opened(store) as memory:
         manifest, result = reencode_store(memory, StatisticalWriter(), output_directory, settings)
         _tell_result(manifest, result, output_directory)
-        _bring_into_service(memory, manifest, before, repository, triton)
+        _bring_into_service(memory, manifest, before, repository, triton, target, tensorrt)
 
 
 @building.command()
@@ -265,9 +295,19 @@ def _require_backbone(name: str) -> None:
     find_backbone(name)
 
 
-def _require_repository(repository: Path | None, triton: str | None) -> None:
-    if triton is not None and repository is None:
-        raise InvalidInputError("--triton needs --repository, the model repository that this Triton serves")
+def _require_repository(
+    repository: Path | None, triton: str | None, target: Target | None, tensorrt: bool, precision: Precision
+) -> None:
+    """Finds before hours of work what publishing would stumble over."""
+    if repository is None:
+        if triton is not None:
+            raise InvalidInputError("--triton needs --repository, the model repository that this Triton serves")
+        if target is not None or tensorrt:
+            raise InvalidInputError("--target and --tensorrt say how to publish; they need --repository")
+        return
+    with needs_builders():
+        from builders.repository import choose_target
+    choose_target(repository, target, tensorrt, precision)
 
 
 def _tell_result(manifest: Manifest, result: TrainingResult, directory: Path) -> None:
@@ -279,20 +319,29 @@ def _tell_result(manifest: Manifest, result: TrainingResult, directory: Path) ->
 
 
 def _bring_into_service(
-    memory: MemoryStore, manifest: Manifest, bundle: Path, repository: Path | None, triton: str | None
+    memory: MemoryStore,
+    manifest: Manifest,
+    bundle: Path,
+    repository: Path | None,
+    triton: str | None,
+    target: Target | None,
+    tensorrt: bool,
 ) -> None:
     """Publishes a bundle; a running Triton switches to it, and only then the store to its vectors."""
     from builders.build import encodings
     from builders.build import switch as switch_store
-    from builders.repository import deploy, publish
+    from builders.repository import choose_target, deploy, publish
 
     if repository is not None and triton is not None:
-        version = deploy(bundle, repository, triton)
+        chosen = choose_target(repository, target, tensorrt, manifest.precision)
+        version = deploy(bundle, repository, triton, target=chosen, tensorrt=tensorrt)
         output.print(f"published as version {version} of {repository}; Triton at {triton} serves it", soft_wrap=True)
         _tell_due(switch_store(memory, manifest.fingerprint))
         return
     if repository is not None:
-        output.print(f"published as version {publish(bundle, repository)} of {repository}", soft_wrap=True)
+        chosen = choose_target(repository, target, tensorrt, manifest.precision)
+        version = publish(bundle, repository, target=chosen, tensorrt=tensorrt)
+        output.print(f"published as version {version} of {repository}", soft_wrap=True)
     others = encodings(memory) - {manifest.fingerprint}
     if others:
         output.print(

@@ -23,6 +23,7 @@ from liber_runtime.exceptions import ConfigurationError, ServerError
 from liber_runtime.server.control import ServerControl
 from liber_runtime.server.installation import LaunchPlan, TritonInstallation, find_tritonserver, plan_launch
 from liber_runtime.server.process import PortLostError, TritonProcess, find_ports, sweep
+from liber_runtime.server.repository import ModelConfig, models_to_load, read_configs, require_backends
 from liber_runtime.server.stubs import ModelVersion, abandoned_memory_prefixes
 from liber_runtime.server.supervisor import Supervisor
 
@@ -45,7 +46,8 @@ class TritonServer:
     Args:
         repository: the model repository; `config.pbtxt` per model.
         log_file: where the server's output goes; appended to, its directory is made.
-        models: the models to load at the start; all in the repository if empty. Others can be loaded later.
+        models: the models to load at the start, with their steps. If empty, the repository's ensembles, or all models
+            where there is none. Others can be loaded later.
         host: the address to listen on, for HTTP, gRPC and metrics.
         http_port: 0 for any free port, which then stays the same for the life of this object; so for the next two.
         grpc_port: see `http_port`.
@@ -137,8 +139,8 @@ class TritonServer:
         """Starts the server and returns once every model is loaded.
 
         Raises:
-            ConfigurationError: there is no Triton, its Python would not do, the repository holds no models, or a
-                port is in use.
+            ConfigurationError: there is no Triton, its Python would not do, the repository holds no models, or ones
+                for another Triton, or a port is in use.
             ServerError: a model did not load, or the server did not start.
         """
         if self._thread is not None:
@@ -233,6 +235,8 @@ class TritonServer:
         try:
             with tempfile.TemporaryDirectory(prefix=f"liber-triton-{os.getpid()}-") as runtime:
                 plan = plan_launch(self._python, self._environment, Path(runtime))
+                configs = read_configs(self.repository)
+                require_backends(self.repository, configs, self._loaded(configs), plan.backends, plan.binary)
                 self._supervisor = self._launch_on_free_ports(plan)
                 started.set_result(None)
                 try:
@@ -269,11 +273,16 @@ class TritonServer:
             raise
         return process
 
+    def _loaded(self, configs: Mapping[str, ModelConfig | None]) -> tuple[str, ...]:
+        return self._models or models_to_load(configs)
+
     def _arguments(self) -> list[str]:
+        # Read at every launch: what was published since the last one may have other models.
+        models = self._loaded(read_configs(self.repository))
         return [
             f"--model-repository={self.repository}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in self._models or ("*",)),
+            *(f"--load-model={name}" for name in models),
             # It would start every model's process a second time, to ask for what config.pbtxt already says.
             "--disable-auto-complete-config",
             *(f"--{service}-address={self.host}" for service in self._ports),

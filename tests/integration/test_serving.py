@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import tritonclient.grpc
 from conftest import (
     Built,
     Matrix,
@@ -21,6 +22,8 @@ from conftest import (
     await_true,
     copy_build,
     opened,
+    predict_offline,
+    share_encoder,
     users_with_partitions,
 )
 
@@ -42,6 +45,8 @@ from liber_runtime.writers.statistical import StatisticalWriter
 def rebuild(built: Built, directory: Path, **changes: object) -> Built:
     """Another bundle over the same store, made in `directory`."""
     settings = dataclasses.replace(built.settings, **changes)  # type: ignore[arg-type]
+    if settings.encoder == built.settings.encoder and directory != built.directory:
+        share_encoder(built.directory / "knowledge", directory / "knowledge")
     with opened(built) as store:
         manifest, _ = build(store, built.dataset, StatisticalWriter(), directory, settings)
     return dataclasses.replace(built, directory=directory, manifest=manifest, settings=settings)
@@ -83,11 +88,22 @@ def questions(own: Running) -> Questions:
     return Questions(own.built)
 
 
-def test_a_new_bundle_takes_over_between_two_answers(own: Running, questions: Questions, tmp_path: Path) -> None:
-    second = rebuild(own.built, tmp_path / "second", seed=2)
-    assert second.manifest.bundle_id != own.built.manifest.bundle_id
+@pytest.fixture(scope="module")
+def plain(own: Running, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The backbone without LIBER, over the same store."""
+    return rebuild(own.built, tmp_path_factory.mktemp("plain") / "built", fusion="none", seed=2)
+
+
+def test_a_new_bundle_takes_over_between_two_answers(own: Running, questions: Questions, plain: Built) -> None:
+    assert plain.manifest.bundle_id != own.built.manifest.bundle_id
+    assert (own.built.manifest.fused, plain.manifest.fused) == (True, False)
     # The same encoder, the same PCA: the store's vectors are the new bundle's too.
-    assert second.manifest.fingerprint == own.built.manifest.fingerprint
+    assert plain.manifest.fingerprint == own.built.manifest.fingerprint
+    require_seamless_switch(own, questions, plain)
+
+
+def require_seamless_switch(own: Running, questions: Questions, second: Built) -> None:
+    """Has the server take another bundle under load: each answer is the one's or the other's, and none is missing."""
     answers: list[list[Matrix]] = [[] for _ in range(4)]
     stop = threading.Event()
     failures: list[Exception] = []
@@ -124,6 +140,20 @@ def test_a_new_bundle_takes_over_between_two_answers(own: Running, questions: Qu
         assert is_new == sorted(is_new)
         assert is_old[0]
         assert is_new[-1]
+
+
+def test_the_backbone_is_served_without_liber_and_with_it_again(
+    own: Running, questions: Questions, plain: Built, memory: MemoryStore, scoring: ScoringClient
+) -> None:
+    # Two versions stay; with the second of them the fuser is needed no more.
+    for _ in range(2):
+        deploy(plain.bundle, own.repository, own.url)
+    users, items, offline = predict_offline(plain, memory)
+    np.testing.assert_allclose(scoring.score(users, items).probability, offline, atol=1e-5)
+    assert not (own.repository / "attention_fuser").exists()
+    with contextlib.closing(tritonclient.grpc.InferenceServerClient(own.url)) as raw:
+        assert not raw.is_model_ready("attention_fuser")
+    require_seamless_switch(own, questions, own.built)
 
 
 def test_only_the_newest_two_versions_stay_and_serve(own: Running, questions: Questions) -> None:
@@ -325,7 +355,7 @@ def _forge(built: Built, directory: Path, part: str) -> Path:
     parts[part] = directory.parent / part
     shutil.copyfile(built.bundle / part, parts[part])
     _cut_short(parts[part])
-    kept = built.manifest.model_dump(exclude={"format", "bundle_id", "created_at", "digests", "encoder"})
+    kept = built.manifest.model_dump(exclude={"format", "bundle_id", "created_at", "digests", "encoder", "fused"})
     write_bundle(parts, directory, encoder=built.manifest.encoder, **kept)
     return directory
 

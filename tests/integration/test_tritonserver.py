@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from liber_runtime.exceptions import ConfigurationError, ServerError
-from liber_runtime.server import TritonServer
+from liber_runtime.server import TritonServer, find_tritonserver
 from liber_runtime.server.process import find_ports
 from liber_runtime.server.stubs import parse_stub
 
@@ -147,6 +147,8 @@ class TestStartAndStop:
     def test_it_serves_and_leaves_nothing(self, tmp_path: Path) -> None:
         before = leftovers()
         repository = write_chain(tmp_path / "repository")
+        # No ensemble has it as a step.
+        write_model(repository / "alone", "XY", initialize="raise RuntimeError('never to be loaded')")
         with TritonServer(repository, log_file=tmp_path / "triton.log") as server:
             assert infer(server) == 21
             assert infer(server, "second", "YZ", version="1") == 10
@@ -239,6 +241,16 @@ class TestRefusals:
             f"model 'first' did not load: ModuleNotFoundError: No module named 'a_package_nobody_has' (log: {log})"
         )
         assert leftovers() == before
+
+    def test_models_for_another_triton(self, tmp_path: Path) -> None:
+        if (find_tritonserver().backends / "onnxruntime").is_dir():
+            pytest.skip("this Triton runs ONNX graphs by itself")
+        repository = write_chain(tmp_path / "repository")
+        path = repository / "second" / "config.pbtxt"
+        path.write_text(path.read_text().replace('backend: "python"', 'platform: "onnxruntime_onnx"'))
+        with pytest.raises(ConfigurationError, match=r"is for target gpu: second run .* serves target cpu; serve"):
+            TritonServer(repository, log_file=tmp_path / "triton.log").start()
+        assert not (tmp_path / "triton.log").exists()
 
     def test_models_that_take_too_long(self, tmp_path: Path) -> None:
         before = leftovers()

@@ -8,13 +8,27 @@ from pathlib import Path
 import pytest
 
 from builders.bundle import write_bundle
-from liber_runtime.bundle import BACKBONE, ENCODER_SPEC, FORMAT, MANIFEST, PARTS, EncoderSpec, Manifest, verify
+from liber_runtime.bundle import (
+    BACKBONE,
+    ENCODER_SPEC,
+    FORMAT,
+    FUSER,
+    MANIFEST,
+    PARTS,
+    EncoderSpec,
+    Manifest,
+    Precision,
+    parts_of,
+    verify,
+)
 from liber_runtime.exceptions import ConfigurationError
 
 SPEC = EncoderSpec(name="tiny", digest="d", embedding_size=8, max_tokens=16, start_id=2, end_id=3, pad_id=0)
 
 
-def make_bundle(directory: Path, content: str = "content", seed: int = 1) -> Manifest:
+def make_bundle(
+    directory: Path, content: str = "content", seed: int = 1, fused: bool = True, precision: Precision = "fp32"
+) -> Manifest:
     """A bundle whose parts are a few bytes each: whole, but not loadable."""
     made = directory.parent / f"parts-of-{directory.name}-{content}"
     made.mkdir(parents=True, exist_ok=True)
@@ -23,7 +37,7 @@ def make_bundle(directory: Path, content: str = "content", seed: int = 1) -> Man
         (made / part).unlink(missing_ok=True)
         (made / part).write_text(SPEC.model_dump_json() if part == ENCODER_SPEC else f"{content} of {part}")
     return write_bundle(
-        {part: made / part for part in PARTS},
+        {part: made / part for part in parts_of(fused)},
         directory,
         domain="films",
         encoder=SPEC,
@@ -36,13 +50,14 @@ def make_bundle(directory: Path, content: str = "content", seed: int = 1) -> Man
         backbone="DIEN",
         writers=("statistical",),
         seed=seed,
+        precision=precision,
     )
 
 
 def test_what_was_written_is_read_and_verified(tmp_path: Path) -> None:
     manifest = make_bundle(tmp_path / "bundle")
     assert verify(tmp_path / "bundle") == manifest == Manifest.load(tmp_path / "bundle")
-    assert set(manifest.digests) == set(PARTS)
+    assert set(manifest.digests) == set(manifest.parts) == set(PARTS)
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == {*PARTS, MANIFEST}
 
 
@@ -50,6 +65,16 @@ def test_the_id_is_that_of_the_parts(tmp_path: Path) -> None:
     first, again = make_bundle(tmp_path / "a"), make_bundle(tmp_path / "b", seed=2)
     other = make_bundle(tmp_path / "c", content="other")
     assert first.bundle_id == again.bundle_id != other.bundle_id
+
+
+def test_a_bundle_that_is_not_fused_has_no_fuser(tmp_path: Path) -> None:
+    fused, plain = make_bundle(tmp_path / "fused"), make_bundle(tmp_path / "plain", fused=False)
+    assert fused.fused
+    assert not plain.fused
+    assert verify(tmp_path / "plain") == plain
+    assert set(plain.parts) == set(fused.parts) - {FUSER}
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {*plain.parts, MANIFEST}
+    assert plain.bundle_id != fused.bundle_id
 
 
 def test_a_bundle_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -92,14 +117,15 @@ def test_a_digest_that_the_manifest_lacks(tmp_path: Path) -> None:
         verify(tmp_path / "bundle")
 
 
-def test_a_format_of_another_version(tmp_path: Path) -> None:
-    make_bundle(tmp_path / "bundle")
-    edit_manifest(tmp_path / "bundle", format=FORMAT + 1)
-    with pytest.raises(ConfigurationError, match=f"has format {FORMAT + 1}, this version reads {FORMAT}"):
-        verify(tmp_path / "bundle")
+@pytest.mark.parametrize("other", [FORMAT - 1, FORMAT + 1])
+def test_a_format_of_another_version(tmp_path: Path, other: int) -> None:
+    """Whatever else a manifest of that format holds."""
+    (tmp_path / MANIFEST).write_text(json.dumps({"format": other, "unheard_of": 1}))
+    with pytest.raises(ConfigurationError, match=f"has format {other}, this version reads {FORMAT}"):
+        verify(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff", b'{"format": 1}'])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff", b'{"format": %d}' % FORMAT])
 def test_a_manifest_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
     make_bundle(tmp_path / "bundle")
     path = tmp_path / "bundle" / MANIFEST

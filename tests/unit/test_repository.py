@@ -103,6 +103,74 @@ class TestPublish:
         assert not (tmp_path / "repository").exists()
 
 
+class TestKinds:
+    """With an interest and without: what is not needed is not there, and one may follow the other."""
+
+    @pytest.fixture
+    def plain(self, tmp_path: Path) -> Path:
+        make_bundle(tmp_path / "plain", fused=False)
+        return tmp_path / "plain"
+
+    def test_a_bundle_that_is_not_fused_is_scored_without_a_fuser(self, plain: Path, tmp_path: Path) -> None:
+        repository = tmp_path / "repository"
+        assert publish(plain, repository) == 1
+        there = {*PARTS_OF_MODEL, *BUNDLE_ENSEMBLES} - {"attention_fuser"}
+        assert {path.name for path in repository.iterdir()} == there
+        config = read_config(repository / "liber_score" / "config.pbtxt")
+        memory, backbone = config.ensemble_scheduling.step
+        assert (memory.model_name, backbone.model_name) == ("user_memory", "ctr_backbone")
+        # Every tensor that is made is read, and every one that is read is made.
+        assert set(memory.output_map) == set(backbone.input_map) - {"user_index"} | {"user_known", "item_known"}
+        assert "interest" not in backbone.input_map
+        described = read_config(DESCRIPTION / "liber_encode" / "config.pbtxt").ensemble_scheduling.step
+        steps = read_config(repository / "liber_encode" / "config.pbtxt").ensemble_scheduling.step
+        assert [step.model_name for step in steps] == [step.model_name for step in described]
+        assert pinned(repository, "liber_score") == pinned(repository, "liber_encode") == {1}
+
+    def test_one_kind_follows_the_other(self, bundle: Path, plain: Path, tmp_path: Path) -> None:
+        repository = tmp_path / "repository"
+        kinds = [bundle, plain, plain, bundle]
+        fusers = [{"1"}, {"1"}, None, {"4"}]
+        for version, (kind, fuser) in enumerate(zip(kinds, fusers, strict=True), start=1):
+            assert publish(kind, repository) == version
+            assert pinned(repository, "liber_score") == {version}
+            there = repository / "attention_fuser"
+            assert (versions(repository, "attention_fuser") if there.exists() else None) == fuser
+            kept = {str(number) for number in range(max(1, version - KEPT_VERSIONS + 1), version + 1)}
+            assert versions(repository, "ctr_backbone") == kept
+
+    @pytest.mark.parametrize("order", [("bundle", "plain"), ("plain", "bundle")])
+    def test_taking_one_back_leaves_the_other_as_it_was(
+        self, order: tuple[str, str], bundle: Path, plain: Path, tmp_path: Path
+    ) -> None:
+        first, second = ({"bundle": bundle, "plain": plain}[kind] for kind in order)
+        repository = tmp_path / "repository"
+        publish(first, repository)
+        before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
+        assert withdraw(repository, publish(second, repository))
+        assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
+
+    def test_versions_of_a_format_that_nobody_reads_any_more_go(self, bundle: Path, tmp_path: Path) -> None:
+        repository = tmp_path / "repository"
+        publish(bundle, repository)
+        manifest = repository / "user_memory" / "1" / MANIFEST
+        manifest.unlink()
+        manifest.write_text('{"format": 1}')
+        assert publish(bundle, repository) == 2
+        for model in (*PARTS_OF_MODEL, *BUNDLE_ENSEMBLES):
+            assert versions(repository, model) == {"2"}
+
+    def test_versions_that_the_new_configuration_is_not_for_go(self, bundle: Path, tmp_path: Path) -> None:
+        """There is one configuration for all versions of a model."""
+        repository = tmp_path / "repository"
+        publish(bundle, repository)
+        path = repository / "ctr_backbone" / "config.pbtxt"
+        path.write_text(path.read_text().replace('"profile"', '"profile_of_old"'))
+        assert publish(bundle, repository) == 2
+        for model in (*PARTS_OF_MODEL, *BUNDLE_ENSEMBLES):
+            assert versions(repository, model) == {"2"}
+
+
 class TestWithdraw:
     def test_the_version_before_is_pinned_again(self, bundle: Path, tmp_path: Path) -> None:
         repository = tmp_path / "repository"
