@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from bench.bare import SQLiteGround
 from bench.environment import describe_machine, describe_versions, scratch
 from bench.ingest import append_all
 from bench.plot import draw_lines
+from bench.tuning import Variant, arrange
 from bench.verification import Notes, Outage, read_notes, verify
 from bench.victims import (
     DOMAIN,
@@ -27,11 +29,13 @@ from bench.victims import (
     vector_of,
 )
 from bench.workload import Source, user_names
+from builders.repository import DESCRIPTION
 from liber_runtime.behavior import Text
 from liber_runtime.exceptions import LiberError
 from liber_runtime.interest import ShiftPrompt, SummaryPrompt
 from liber_runtime.memory import STEPS, MemoryStore, Representation, Result, Task, open_store
 from liber_runtime.partition import Count
+from liber_runtime.server.repository import read_config
 
 TITLES = {item.item_id: item for item in catalogue()}
 
@@ -194,3 +198,20 @@ def test_a_scratch_directory_is_gone_afterwards(tmp_path: Path) -> None:
     with scratch(tmp_path / "made") as directory:
         (directory / "file").touch()
     assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_variant_is_arranged_in_the_repository_that_it_is_served_from(tmp_path: Path) -> None:
+    repository = tmp_path / "model_repository"
+    shutil.copytree(DESCRIPTION, repository)
+    before = {path: path.read_text() for path in repository.glob("*/*/model.py")}
+    arrange(repository, Variant("some", instances=3, memory_instances=2, merged=False))
+    configs = {path.parent.name: read_config(path) for path in repository.glob("*/config.pbtxt")}
+    assert configs["ctr_backbone"].instance_group[0].count == 3
+    assert configs["user_memory"].instance_group[0].count == 2
+    assert configs["attention_fuser"].instance_group[0].count == 1
+    assert not any(config.HasField("dynamic_batching") for config in configs.values())
+    assert {path: path.read_text() for path in before} == before
+    arrange(repository, Variant("other", spinning=True))
+    for path, text in before.items():
+        compile(path.read_text(), str(path), "exec")
+        assert len(path.read_text()) > len(text)
