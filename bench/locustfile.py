@@ -5,7 +5,8 @@
 Two kinds of calls, equally often, each named with its U and N in the results: ranking (candidates of one user) and
 folded (candidates of many users in one request); users and candidates are drawn anew for every call. The load is
 closed: each user waits for its answer before it sends again, so a slow server is asked less. Read the figures as
-throughput and latency at this concurrency, not as latency at a given rate of arrivals.
+throughput and latency at this concurrency, not as latency at a given rate of arrivals: those are `bench/load.py`'s. A
+headless run ends after a minute where ``-t`` says nothing else.
 
 Locust patches the standard library for gevent when it is imported, so this runs in a process of its own.
 """
@@ -13,7 +14,6 @@ Locust patches the standard library for gevent when it is imported, so this runs
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import random
@@ -33,12 +33,16 @@ from locust.env import Environment
 # Before any channel exists: a call would otherwise block every user of this process.
 grpc.experimental.gevent.init_gevent()
 
+from bench.calls import read_ids  # noqa: E402
 from liber_runtime.exceptions import InvalidInputError, LiberError  # noqa: E402
 from liber_runtime.scoring import ScoringClient  # noqa: E402
 from liber_runtime.settings import load_settings  # noqa: E402
 
 GENERATED_USERS = 1_000
 GENERATED_ITEMS = 2_000
+
+RUN_SECONDS = 60
+"""Length of a headless run that is given none; locust's own default is for ever."""
 
 _BYTES_PER_PROBABILITY = 4
 
@@ -132,10 +136,13 @@ def add_options(parser: LocustArgumentParser) -> None:
 @events.init.add_listener  # type: ignore[untyped-decorator]
 def prepare(environment: Environment, **_: Any) -> None:
     """Reads the ids before the first user starts; ends the process with one line if they are unusable."""
-    if environment.parsed_options is None:
+    options = environment.parsed_options
+    if options is None:
         return
+    if options.headless and not options.run_time:
+        options.run_time = RUN_SECONDS
     try:
-        ScoringUser.workload = plan_workload(environment.parsed_options)
+        ScoringUser.workload = plan_workload(options)
     except LiberError as error:
         sys.exit(f"error: {error}")
 
@@ -170,41 +177,6 @@ def plan_workload(options: Namespace) -> Workload:
     item_ids = read_ids(options.items_file, "item") if options.items_file else _generate("item", GENERATED_ITEMS)
     folded_users = min(options.folded_users, options.candidates, len(user_ids))
     return Workload(user_ids, item_ids, options.candidates, folded_users, options.deadline)
-
-
-def read_ids(path: Path, key: str) -> list[str]:
-    """Reads distinct ids in the order of the file; a behavior log in JSON lines will do.
-
-    Args:
-        path: UTF-8 text; a line that starts with ``{`` is a JSON object, any other that is not empty is an id.
-        key: what holds the id in a JSON object.
-
-    Raises:
-        InvalidInputError: no such file, a broken line, or no ids.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"cannot read the {key} ids of {path}: {error}") from None
-    ids: dict[str, None] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if text.startswith("{"):
-            text = _read_key(text, key, f"{path}, line {number}")
-        if text:
-            ids[text] = None
-    if not ids:
-        raise InvalidInputError(f"{path} holds no {key} ids; put one in each line")
-    return list(ids)
-
-
-def _read_key(text: str, key: str, place: str) -> str:
-    try:
-        return str(json.loads(text)[key])
-    except json.JSONDecodeError as error:
-        raise InvalidInputError(f"{place}: not JSON ({error.msg}): {text:.80}") from None
-    except KeyError:
-        raise InvalidInputError(f"{place}: no {key!r} in {text:.80}; name the {key} id so") from None
 
 
 def _generate(kind: str, count: int) -> list[str]:

@@ -110,6 +110,14 @@ def test_calls_past_their_deadline_are_failures(bound: socket.socket) -> None:
     assert f"Triton at {url} did not answer within 0.2 s" in outcome.errors
 
 
+def test_a_headless_run_has_an_end(bound: socket.socket) -> None:
+    with start("--host", f"127.0.0.1:{bound.getsockname()[1]}", "-u", "1") as process:
+        assert process.stderr is not None
+        told = next(line for line in process.stderr if "Run time limit" in line)
+        process.kill()
+    assert "set to 60 seconds" in told
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
