@@ -169,7 +169,7 @@ class _Followed:
         token = b""
         for words in self._commands_until(mark):
             kind = words[0].upper()
-            if kind in (b"SELECT", b"MULTI"):
+            if kind in (b"SELECT", b"MULTI") or (len(words) == 1 and kind != b"EXEC"):
                 continue
             if kind != b"EXEC":
                 if not words[2 if kind == b"XGROUP" else 1].startswith(_PREFIX):

@@ -141,7 +141,8 @@ class Embedder:
             directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="liber-embed-")))
             repository = directory / "model_repository"
             publish_encoder(self._encoder, repository)
-            server = TritonServer(repository, log_file=directory / "triton.log")
+            # Nobody but this process asks it, and by its end that has all its answers: nothing is to be waited for.
+            server = TritonServer(repository, log_file=directory / "triton.log", stop_timeout=0)
             self._server = self._stack.enter_context(server)
             if server.process_id is not None:
                 share_priority(server.process_id)

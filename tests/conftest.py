@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+# The models of the tests are small, and test processes share the processors: more threads would only wait for each
+# other, for minutes in all. Before anything imports torch; processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
 
 @pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Makes a directory by name, once for all the processes that share out the tests; not to be written to."""
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / name).exists():
+                building = root / f".{name}"
+                # What a process left that ended in the middle.
+                shutil.rmtree(building, ignore_errors=True)
+                building.mkdir()
+                fill(building)
+                building.rename(root / name)
+        return root / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(made_once: MadeOnce) -> Path:
     """A random BERT with 2 layers and a word list of its own, as a checkpoint directory."""
-    return make_tiny_bert(tmp_path_factory.mktemp("tiny-bert"), seed=0)
+    return made_once("tiny-bert", lambda directory: make_tiny_bert(directory, seed=0))
 
 
 @pytest.fixture(scope="session")
-def other_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_bert(made_once: MadeOnce) -> Path:
     """The same with other weights."""
-    return make_tiny_bert(tmp_path_factory.mktemp("other-bert"), seed=1)
+    return made_once("other-bert", lambda directory: make_tiny_bert(directory, seed=1))
 
 
 @pytest.fixture(scope="session")
-def exported_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+def exported_encoder(made_once: MadeOnce, tiny_bert: Path) -> Path:
     """The directory that `tiny_bert` was exported into; not to be written to."""
     from builders.encoder import export_encoder
 
-    directory = tmp_path_factory.mktemp("encoder")
-    export_encoder(str(tiny_bert), directory)
-    return directory
+    return made_once("encoder", lambda directory: export_encoder(str(tiny_bert), directory))
 
 
 def make_tiny_bert(directory: Path, seed: int) -> Path:

@@ -16,12 +16,25 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from builders.build import BuildSettings, build
+from builders.assembly import with_knowledge
+from builders.build import (
+    BuildSettings,
+    Knowledge,
+    build,
+    fit_for,
+    know_items,
+    make_liber,
+    prepare,
+    read_vectors,
+    train_once,
+)
 from builders.datasets import Dataset, sample
 from builders.hyperparameters import Hyperparameters
+from builders.replay import Samples, replay, split
 from builders.repository import publish
-from builders.train import TrainingSettings
-from liber_runtime.bundle import Manifest
+from builders.statistics import compute_numbers
+from builders.train import Index, TrainingData, TrainingSettings, predict
+from liber_runtime.bundle import ENCODER, ENCODER_SPEC, TOKENIZER, Manifest
 from liber_runtime.memory import MemoryStore, open_store
 from liber_runtime.scoring import ScoringClient
 from liber_runtime.server import TritonServer
@@ -63,23 +76,39 @@ class Running:
         return self.server.grpc_url
 
 
-def build_small(directory: Path, encoder: Path, seed: int = 1) -> Built:
+def build_small(directory: Path, encoder: Path) -> None:
     """Builds a bundle of the generated sample in a few seconds."""
-    dataset = sample.generate(seed=3, users=60, items=80, behaviors=4_000)
-    settings = BuildSettings(
+    store = open_store(f"sqlite:///{directory / 'memory.db'}")
+    try:
+        build(store, _small_dataset(), StatisticalWriter(), directory, _small_settings(encoder))
+    finally:
+        store.close()
+
+
+def read_small(directory: Path, encoder: Path) -> Built:
+    """What `build_small` left in `directory`."""
+    manifest, url = Manifest.load(directory / "bundle"), f"sqlite:///{directory / 'memory.db'}"
+    return Built(_small_dataset(), directory, url, manifest, _small_settings(encoder))
+
+
+def _small_dataset() -> Dataset:
+    return sample.generate(seed=3, users=60, items=80, behaviors=4_000)
+
+
+def _small_settings(encoder: Path) -> BuildSettings:
+    return BuildSettings(
         encoder=str(encoder),
         dimension=8,
         history_length=10,
-        seed=seed,
         hyperparameters=Hyperparameters(TrainingSettings(max_epochs=1, batch_sizes=(256,))),
     )
-    url = f"sqlite:///{directory / 'memory.db'}"
-    store = open_store(url)
-    try:
-        manifest, _ = build(store, dataset, StatisticalWriter(), directory, settings)
-    finally:
-        store.close()
-    return Built(dataset, directory, url, manifest, settings)
+
+
+def share_encoder(exported: Path, directory: Path) -> None:
+    """Puts an exported encoder where a build would export the same, which takes longer than all else it does here."""
+    directory.mkdir(parents=True)
+    for name in (ENCODER, ENCODER_SPEC, TOKENIZER):
+        shutil.copy2(exported / name, directory / name)
 
 
 def copy_build(built: Built, directory: Path) -> Built:
@@ -111,6 +140,53 @@ def users_with_partitions(built: Built) -> list[str]:
     return [user for user, held in zip(users, read, strict=True) if held and len(held.representations)]
 
 
+def predict_offline(built: Built, store: MemoryStore) -> tuple[list[str], list[str], Matrix]:
+    """What the trained model itself says of users, of a candidate each, and the probabilities.
+
+    The last sample of every user that is also their last behavior sees what the store holds, less itself. So the users
+    are scored for the state *after* their whole log, with an arbitrary candidate.
+    """
+    settings = built.settings
+    samples = replay(built.dataset, store.condition, settings.minimum)
+    parts = split(samples)
+    kept = built.directory / "knowledge"
+    knowledge = Knowledge(kept, built.manifest.encoder, built.manifest.fingerprint, built.manifest.writers)
+    fitted = fit_for(built.dataset, samples, parts, settings)
+    items = know_items(built.dataset, StatisticalWriter(), knowledge, fitted, settings)
+    fitted = with_knowledge(fitted, samples, parts, items)
+
+    def seen(dataset: Dataset, replayed: Samples, rows: Index) -> TrainingData:
+        vectors = read_vectors(store, replayed, rows, knowledge, settings)
+        served, trained = fitted.numbers.served, replayed is samples
+        numbers = compute_numbers(served, replayed, rows, fitted.vocabulary, settings.lookback)
+        return prepare(vectors, dataset, replayed, rows, fitted, None if trained else numbers)
+
+    model = make_liber(fitted, items, settings)
+    data = seen(built.dataset, samples, parts.training_part)
+    train_once("liber", model, data, parts, settings, built.directory / "models")
+    longer = _with_one_more_behavior_each(built.dataset)
+    again = replay(longer, store.condition, settings.minimum)
+    rows = np.flatnonzero(again.behavior >= len(built.dataset.behaviors))
+    offline = predict(model, seen(longer, again, rows), np.arange(len(rows)))
+    users = [again.user_ids[user] for user in again.user[rows]]
+    return users, [again.item_ids[item] for item in again.item[rows]], offline
+
+
+def _with_one_more_behavior_each(dataset: Dataset) -> Dataset:
+    last, items = dataset.behaviors[-1].timestamp, list(dataset.items)
+    more = [
+        dataclasses.replace(
+            dataset.behaviors[0],
+            user_id=user,
+            item_id=items[place % len(items)],
+            timestamp=last + 1 + place,
+            event_id=f"candidate-{place}",
+        )
+        for place, user in enumerate(dict.fromkeys(behavior.user_id for behavior in dataset.behaviors))
+    ]
+    return dataclasses.replace(dataset, behaviors=[*dataset.behaviors, *more])
+
+
 class Questions:
     """The same call again and again: 12 users with partitions, 5 candidates each."""
 
@@ -131,8 +207,20 @@ def await_true(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Built:
-    return build_small(tmp_path_factory.mktemp("built"), tiny_bert)
+def built(
+    tmp_path_factory: pytest.TempPathFactory,
+    made_once: Callable[[str, Callable[[Path], object]], Path],
+    tiny_bert: Path,
+    exported_encoder: Path,
+) -> Built:
+    """A copy of this process's own of what was built once."""
+
+    def make(directory: Path) -> None:
+        share_encoder(exported_encoder, directory / "knowledge")
+        build_small(directory, tiny_bert)
+
+    made = read_small(made_once("built", make), tiny_bert)
+    return copy_build(made, tmp_path_factory.mktemp("copy") / "built")
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,38 @@ def test_inference_latency_without_a_server_says_so(running: Running) -> None:
     assert len(run.stderr.splitlines()) == 1
 
 
+def test_inference_latency_of_every_engine_in_one_run(tmp_path: Path) -> None:
+    run = run_benchmark(
+        *("bench.inference_latency", "--quick", "--only", "DIEN-20", "--directory", str(tmp_path / "scratch")),
+        *("--json", str(tmp_path / "F"), "--markdown", str(tmp_path / "F.md"), "--plot", str(tmp_path / "F.svg")),
+    )
+    assert run.returncode == 0, run.stderr
+    figures = json.loads((tmp_path / "F").read_text())
+    assert figures == json.loads(run.stdout)
+    rows = figures["rows"]
+    named = [(row["engine"], row["path"], row["liber"]) for row in rows if row["shape"] == "distinct_users"]
+    assert len(set(named)) == len(named) == 11
+    assert {engine for engine, _, _ in named} == {
+        *("liber", "liber_graph", "liber_graph_int8"),
+        *("torch_eager", "onnx_export", "deepctr_torch", "fastapi"),
+    }
+    assert {(row["shape"], row["users"], row["candidates"]) for row in rows} == {
+        *(("one_user", 1, 100), ("distinct_users", 100, 100), ("folded", 8, 100), ("single", 1, 1)),
+    }
+    for row in rows:
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert (row["cpu_ms"] is None) == (row["path"] != "in_process")
+        assert (row["rss_mib"] is None) == (row["path"] == "in_process")
+        assert (row["floor_ms"] is None) == (row["engine"] == "deepctr_torch")
+        if row["precision"] == "fp32" and row["engine"] != "deepctr_torch":
+            assert row["max_difference"] <= 1e-5
+    assert figures["gemm_gflops"] > 0
+    assert any("LIBER / its backbone through gRPC" in each["figure"] for each in figures["ratios"])
+    assert "## DIEN, T=20" in (tmp_path / "F.md").read_text()
+    assert (tmp_path / "F.svg").read_text().startswith("<svg")
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
 ENGINES = [
     "sqlite",
     pytest.param("redis", marks=pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server")),

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from conftest import share_encoder
 
 from builders.datasets import Dataset, sample
 from liber_runtime.cli import application
@@ -141,9 +142,10 @@ def serving(directory: Path, *arguments: object) -> Iterator[tuple[subprocess.Po
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, exported_encoder: Path) -> Iterator[World]:
     directory = tmp_path_factory.mktemp("cli")
     dataset = write_data(directory / "data")
+    share_encoder(exported_encoder, directory / "build" / "knowledge")
     built = done(*BUILD, "--encoder", tiny_bert, directory=directory)
     with serving(directory, "--repository", "models", "--store", "sqlite:///memory.db") as (_, ready):
         yield World(directory, dataset, built, ready)
@@ -362,6 +364,13 @@ class TestRefusals:
         for command in (("build",), ("build", "re-encode")):
             assert "--triton needs --repository" in refused(*command, "--triton", "127.0.0.1:1", directory=tmp_path)
         assert not list(tmp_path.iterdir())
+
+    def test_a_repository_for_another_target(self, world: World, tmp_path: Path) -> None:
+        told = refused("build", *PLACES, "--target", "gpu", directory=world.directory)
+        assert "models is for target cpu, the bundle is to be published for gpu; name another --repository" in told
+        told = refused("build", *PLACES, "--tensorrt", directory=world.directory)
+        assert "TensorRT is for target gpu, not for cpu" in told
+        assert "they need --repository" in refused("build", "--target", "gpu", directory=tmp_path)
 
     def test_a_backbone_nobody_knows(self, tmp_path: Path) -> None:
         error = refused("build", "--backbone", "DINE", directory=tmp_path)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import share_encoder
 
 from builders.build import BuildSettings
 from builders.datasets import sample
@@ -58,8 +59,9 @@ def write_data(directory: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, exported_encoder: Path) -> Run:
     directory = tmp_path_factory.mktemp("demo")
+    share_encoder(exported_encoder, directory / "run" / "knowledge")
     settings = BuildSettings(
         encoder=str(tiny_bert),
         dimension=8,

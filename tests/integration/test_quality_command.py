@@ -8,14 +8,27 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import share_encoder
 
-from bench import quality
+from bench import quality, quality_runs
 from builders.datasets import sample
+from builders.encoder import export_encoder
+from liber_runtime.bundle import EncoderSpec
 
 
 def test_the_table_of_a_log_of_ratings_without_attributes(
-    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_bert: Path,
+    exported_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def find_exported(source: str, directory: Path) -> EncoderSpec:
+        if not directory.exists():
+            share_encoder(exported_encoder, directory)
+        return export_encoder(source, directory)
+
+    monkeypatch.setattr(quality_runs, "export_encoder", find_exported)
     dataset = sample.generate(seed=2, users=25, items=40, behaviors=1000)
     films = tmp_path / "films"
     films.mkdir()

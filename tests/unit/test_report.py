@@ -3,13 +3,14 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from builders import paper
+from builders import paper, plots
 from builders.report import render, write
 
 ATTACK = """"'><script>alert(1)</script><img src="https://evil.example/x">"""
@@ -133,6 +134,26 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+_DRAWN: dict[tuple[str, str], str] = {}
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plot of the same figures is drawn once for all tests, but for the one that compares two drawings."""
+
+    def remember(name: str, draw: Callable[..., str]) -> Callable[..., str]:
+        def drawn(*arguments: Any) -> str:
+            key = name, json.dumps(arguments)
+            if key not in _DRAWN:
+                _DRAWN[key] = draw(*arguments)
+            return _DRAWN[key]
+
+        return drawn
+
+    for name in [name for name in vars(plots) if name.startswith("draw_")]:
+        monkeypatch.setattr(plots, name, remember(name, getattr(plots, name)))
+
+
 @pytest.fixture(scope="module")
 def html() -> str:
     return render(make_report())
@@ -166,7 +187,8 @@ def test_references_stay_within_their_plot(html: str, plain: Page) -> None:
     assert {reference[1:] for reference in references(html)} <= set(ids)
 
 
-def test_same_report_gives_the_same_bytes(html: str) -> None:
+def test_same_report_gives_the_same_bytes(html: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     assert render(make_report()) == html
 
 
