@@ -393,7 +393,9 @@ class Bench:
             export_backbone(made.ranker, path, precision="int8")
             return ServedGraph(path), ServedGraph(path, threads=1)
         except LiberError as error:
-            self.notes.append(f"{made.manifest.backbone}, T={made.manifest.history_length}: no int8: {error}")
+            # The scratch directory is gone when this is read.
+            reason = str(error).replace(f"{directory}/", "")
+            self.notes.append(f"{made.manifest.backbone}, T={made.manifest.history_length}: no int8: {reason}")
             return None
 
     def _questions(self, items: int | None = None) -> list[Question]:
