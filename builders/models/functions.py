@@ -588,7 +588,7 @@ class Recorder:
     def type_of(self, name: str, tensors: tuple[Tensor, ...]) -> str:
         """The type of the node that calls `name` with `tensors`."""
         for type_name, (known, example) in self.calls.items():
-            if known == name and _fixed(name, example) == _fixed(name, tensors):
+            if known == name and fixed_sizes(name, example) == fixed_sizes(name, tensors):
                 return type_name
         same = sum(known == name for known, _ in self.calls.values())
         type_name = f"{name}_{same + 1}" if same else name
@@ -596,7 +596,8 @@ class Recorder:
         return type_name
 
 
-def _fixed(name: str, tensors: tuple[Tensor, ...]) -> list[list[int | None]]:
+def fixed_sizes(name: str, tensors: tuple[Tensor, ...]) -> list[list[int | None]]:
+    """Sizes of a function's inputs; None where a graph leaves them open."""
     axes = [*AXES[name], *[{}] * (len(tensors) - len(AXES[name]))]
     return [
         [None if axis in open_axes else size for axis, size in enumerate(tensor.shape)]
