@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime
-from onnx import external_data_helper, numpy_helper
 
 from liber_runtime.exceptions import ConfigurationError, LiberError
 from liber_runtime.native import Kernel, Kernels
 from liber_runtime.served.backend import Tensors
-
-DOMAIN = "liber"
-"""Of the functions that a kernel can stand in for."""
 
 Values = dict[str, npt.NDArray[Any]]
 
@@ -43,23 +38,18 @@ class OnnxSession:
             ConfigurationError: the file is missing or not a graph that ONNX Runtime reads.
         """
         try:
-            model = onnx.load(str(path), load_external_data=False)
-            made = _make_kernels(model, path.parent, kernels) if kernels is not None else {}
-            self._stages: Sequence[_Stage] = _cut(model, path, made, threads) if made else [_whole(path, threads)]
+            graph = _whole(path, threads) if kernels is None else _cut(path, threads, kernels)
         except LiberError:
             raise
         except Exception as error:  # ONNX Runtime and the parser raise a dozen types of their own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigurationError(f"graph {path} cannot be loaded ({reason}); build the bundle again") from None
-        constants = {initializer.name for initializer in model.graph.initializer}
-        self.inputs = tuple(entry.name for entry in model.graph.input if entry.name not in constants)
-        self.outputs = tuple(entry.name for entry in model.graph.output)
-        self.shapes = {
-            entry.name: tuple(size.dim_value for size in entry.type.tensor_type.shape.dim)
-            for entry in model.graph.input
-        }
+        self._stages = graph.stages
+        self.inputs = tuple(graph.shapes)
+        self.outputs = graph.outputs
+        self.shapes = graph.shapes
         """Of the inputs; 0 where a size is open."""
-        self.kernels = tuple(node.op_type for node in model.graph.node if node.output and node.output[0] in made)
+        self.kernels = graph.kernels
 
     def run(self, tensors: Tensors) -> Values:
         """Runs the graph on exactly its inputs; further tensors are ignored.
@@ -74,7 +64,7 @@ class OnnxSession:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """A part of a graph in ONNX Runtime, then the kernels that had to wait for it."""
 
     session: onnxruntime.InferenceSession | None
@@ -95,139 +85,42 @@ _NOTHING = np.zeros(0, np.float32)
 """In the place of a kernel's constant, which it has."""
 
 
-def _options(threads: int, folder: Path) -> onnxruntime.SessionOptions:
+@dataclass(frozen=True)
+class Graph:
+    """A graph that can be run: its stages in order, sizes of its inputs (0 where open), its outputs.
+
+    `kernels` are the functions that kernels stand in for.
+    """
+
+    stages: Sequence[Stage]
+    shapes: Mapping[str, tuple[int, ...]]
+    outputs: tuple[str, ...]
+    kernels: tuple[str, ...] = ()
+
+
+def open_graph(model: str | bytes, threads: int, folder: Path) -> onnxruntime.InferenceSession:
+    """A session on a file or on a serialized graph whose tables lie in `folder`."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # A spinning pool would take the cores from the other models of the ensemble between two requests.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return options
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _whole(path: Path, threads: int) -> _Stage:
-    session = onnxruntime.InferenceSession(
-        str(path), _options(threads, path.parent), providers=["CPUExecutionProvider"]
-    )
-    return _Stage(
-        session,
-        [entry.name for entry in session.get_inputs()],
-        [entry.name for entry in session.get_outputs()],
-    )
+def _whole(path: Path, threads: int) -> Graph:
+    session = open_graph(str(path), threads, path.parent)
+    shapes = {
+        entry.name: tuple(size if isinstance(size, int) else 0 for size in entry.shape)
+        for entry in session.get_inputs()
+    }
+    outputs = tuple(entry.name for entry in session.get_outputs())
+    return Graph([Stage(session, list(shapes), outputs)], shapes, outputs)
 
 
-def _make_kernels(model: onnx.ModelProto, folder: Path, kernels: Kernels) -> dict[str, Kernel]:
-    """Kernels by the output of the node that each stands for."""
-    initializers = {initializer.name: initializer for initializer in model.graph.initializer}
-    made = {}
-    for node in model.graph.node:
-        if node.op_type == "Identity" and node.input[0] in initializers:  # weights that are equal are written once
-            initializers[node.output[0]] = initializers[node.input[0]]
-        if node.domain != DOMAIN:
-            continue
-        constants = {
-            place: read_tensor(initializers[name], folder)
-            for place, name in enumerate(node.input)
-            if name in initializers
-        }
-        kernel = kernels.make(node.op_type, constants, len(node.input))
-        if kernel is not None:
-            made[node.output[0]] = kernel
-    return made
+def _cut(path: Path, threads: int, kernels: Kernels) -> Graph:
+    # Parsing a graph takes time and memory, most of all for an encoder: only where there is something to cut out.
+    from liber_runtime.served.stages import cut
 
-
-def read_tensor(tensor: onnx.TensorProto, folder: Path) -> npt.NDArray[Any]:
-    """A constant of a graph; memory-mapped if it lies in a file of its own in `folder`."""
-    if not external_data_helper.uses_external_data(tensor):
-        return numpy_helper.to_array(tensor)
-    place = external_data_helper.ExternalDataInfo(tensor)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return np.memmap(folder / place.location, dtype, "r", offset=place.offset or 0, shape=tuple(tensor.dims))
-
-
-def _cut(model: onnx.ModelProto, path: Path, made: Mapping[str, Kernel], threads: int) -> list[_Stage]:
-    """The stages of a graph: for every kernel what it waits for, and at the end what no kernel waited for."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=False).graph
-    types = {entry.name: entry for entry in (*graph.input, *graph.value_info, *graph.output)}
-    initializers = {initializer.name: initializer for initializer in graph.initializer}
-    maker = {output: node for node in graph.node for output in node.output}
-
-    depth: dict[str, int] = {}  # of a value: the kernels behind one another that come before it
-    for node in graph.node:
-        before = max((depth.get(name, 0) for name in node.input), default=0)
-        for output in node.output:
-            depth[output] = before + (output in made)
-    last = max(depth.values())
-
-    stage_of: dict[str, int] = {}  # of a node's outputs; what no kernel waits for is put off to the end
-    for node in graph.node:
-        if node.output[0] in made:
-            for name in _ancestors(node.input, maker, made):
-                stage_of[name] = min(stage_of.get(name, last), depth[node.output[0]] - 1)
-    stages = []
-    for number in range(last + 1):
-        nodes = [
-            node for node in graph.node if node.output[0] not in made and stage_of.get(node.output[0], last) == number
-        ]
-        own = {output for node in nodes for output in node.output}
-        read_later = _read_outside(graph, own)
-        outputs = [output for node in nodes for output in node.output if output in read_later]
-        read = dict.fromkeys(name for node in nodes for name in node.input if name)
-        inputs = [name for name in read if name not in own and name not in initializers]
-        session = None
-        if outputs:
-            part = onnx.helper.make_model(
-                onnx.helper.make_graph(
-                    nodes,
-                    f"stage_{number}",
-                    [_typed(types, maker, made, name) for name in inputs],
-                    [_typed(types, maker, made, name) for name in outputs],
-                    [initializers[name] for name in read if name in initializers],
-                ),
-                functions=model.functions,
-                opset_imports=model.opset_import,
-                ir_version=model.ir_version,
-            )
-            session = onnxruntime.InferenceSession(
-                part.SerializeToString(), _options(threads, path.parent), providers=["CPUExecutionProvider"]
-            )
-        waiting = [
-            (made[node.output[0]], list(node.input), node.output[0])
-            for node in graph.node
-            if node.output[0] in made and depth[node.output[0]] == number + 1
-        ]
-        stages.append(_Stage(session, inputs, outputs, waiting))
-    return stages
-
-
-def _ancestors(names: Iterable[str], maker: Mapping[str, onnx.NodeProto], made: Mapping[str, Kernel]) -> Iterable[str]:
-    """The values that ONNX Runtime has to compute for `names`, up to kernels and inputs."""
-    waiting, seen = list(names), set()
-    while waiting:
-        name = waiting.pop()
-        if name in seen or name in made or name not in maker:
-            continue
-        seen.add(name)
-        waiting.extend(maker[name].input)
-        seen.update(maker[name].output)
-    return seen
-
-
-def _read_outside(graph: onnx.GraphProto, own: set[str]) -> set[str]:
-    """Which of the values of some nodes others read, or the caller."""
-    read = {entry.name for entry in graph.output}
-    for node in graph.node:
-        if node.output[0] not in own:
-            read.update(node.input)
-    return read & own
-
-
-def _typed(
-    types: Mapping[str, onnx.ValueInfoProto],
-    maker: Mapping[str, onnx.NodeProto],
-    made: Mapping[str, Kernel],
-    name: str,
-) -> onnx.ValueInfoProto:
-    """A value with the type of its entries; its sizes are left open."""
-    kind = onnx.TensorProto.FLOAT if name in made else types[name].type.tensor_type.elem_type
-    return onnx.helper.make_tensor_value_info(name, kind, None)
+    return cut(path, threads, kernels) or _whole(path, threads)

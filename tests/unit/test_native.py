@@ -11,30 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_harness import every_target, needs_compiler
 from torch import Tensor
 
 from builders.models.functions import BODIES
 from liber_runtime import native
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.native import Kernels, load_kernels
-from liber_runtime.native.compile import compile_kernels, library_path, targets
+from liber_runtime.native.compile import library_path, targets
 
 ITEMS, BUCKETS = 30, 6
 
 
-def runnable() -> list[str]:
-    found = []
-    for target in targets():
-        try:
-            load_kernels(target, 1)
-        except ConfigurationError:
-            continue
-        found.append(target)
-    return found
-
-
-pytestmark = pytest.mark.skipif(not compile_kernels(), reason="there is no C++ compiler")
-every_target = pytest.mark.parametrize("target", runnable() or ["none"])
+pytestmark = needs_compiler
 
 
 def draw(seed: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:

@@ -9,27 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_harness import every_target, needs_compiler
 
 from builders.models.functions import BODIES
-from liber_runtime.exceptions import ConfigurationError, InvalidInputError
+from liber_runtime.exceptions import InvalidInputError
 from liber_runtime.native import load_kernels
-from liber_runtime.native.compile import compile_kernels, targets
 from liber_runtime.vocabulary import Field
 
-
-def runnable() -> list[str]:
-    found = []
-    for target in targets():
-        try:
-            load_kernels(target, 1)
-        except ConfigurationError:
-            continue
-        found.append(target)
-    return found
-
-
-pytestmark = pytest.mark.skipif(not compile_kernels(), reason="there is no C++ compiler")
-every_target = pytest.mark.parametrize("target", runnable() or ["none"])
+pytestmark = needs_compiler
 some = settings(max_examples=25, deadline=None)
 IDS = st.text(st.sampled_from("ab1-é映 "), max_size=20)
 
