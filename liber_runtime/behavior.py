@@ -150,6 +150,7 @@ class Text:
         response_tokens: tokens written; None if it counts none.
         seconds: wall time of the call.
         made_at: seconds since 1970-01-01 UTC.
+        note: what is not as it should be, in words: behaviors left out of the prompt, an answer cut off; else empty.
     """
 
     kind: TextKind
@@ -160,3 +161,4 @@ class Text:
     response_tokens: int | None
     seconds: float
     made_at: float
+    note: str = ""

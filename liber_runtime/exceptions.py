@@ -29,6 +29,24 @@ class WriterAwayError(LiberError):
     """A writer was certainly not called, e.g. because the connection was refused: nothing was paid for."""
 
 
+class PromptRefusedError(LiberError):
+    """A prompt is refused, and would be refused again: it is too long, or not allowed. Nothing was paid for."""
+
+
+class UnusableAnswerError(LiberError):
+    """A writer answered with what is no knowledge (nothing, a loop); the call was paid for.
+
+    Attributes:
+        prompt_tokens: tokens it read, None where none are counted.
+        response_tokens: tokens it wrote, likewise.
+    """
+
+    def __init__(self, message: str, prompt_tokens: int | None = None, response_tokens: int | None = None) -> None:
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
+        self.response_tokens = response_tokens
+
+
 class ScoringError(LiberError):
     """A scoring or encoding call failed; `status` holds the gRPC status name (e.g. ``INVALID_ARGUMENT``)."""
 

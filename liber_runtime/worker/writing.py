@@ -115,4 +115,5 @@ class WritingLane(Lane):
             response_tokens=completion.response_tokens,
             seconds=time.perf_counter() - started,
             made_at=time.time(),
+            note=completion.note,
         )

@@ -16,11 +16,13 @@ class Completion:
         text: what it wrote; never empty.
         prompt_tokens: tokens it read, None where none are counted.
         response_tokens: tokens it wrote, None where none are counted.
+        note: see `liber_runtime.behavior.Text.note`.
     """
 
     text: str
     prompt_tokens: int | None = None
     response_tokens: int | None = None
+    note: str = ""
 
 
 class Writer(Protocol):
@@ -38,6 +40,8 @@ class Writer(Protocol):
             WriterAwayError: certainly no call was made (the connection was refused, the name was not resolved): it
                 costs the step no attempt, however often it happens. What breaks off after the prompt was sent is not
                 that: the call may have been made, and paid for.
+            PromptRefusedError: this prompt is refused each time; it is given up at once.
+            UnusableAnswerError: what came back is no knowledge.
             LiberError: no usable answer; the worker decides whether to try again.
         """
         ...

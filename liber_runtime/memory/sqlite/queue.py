@@ -334,7 +334,8 @@ def _keep(
         encodings.changed.add((user, encoding))
         return True
     db.execute(
-        "INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT OR REPLACE INTO texts (user, number, {', '.join(TEXT_FIELDS)})"
+        f" VALUES (?, ?{', ?' * len(TEXT_FIELDS)})",
         (user, task.number, *(getattr(made, name) for name in TEXT_FIELDS)),
     )
     if made.kind == "shift":
