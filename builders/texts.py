@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from builders.embedding import Pair
-from liber_runtime.exceptions import ConfigurationError, LiberError
+from liber_runtime.exceptions import ConfigurationError, LiberError, PromptRefusedError
 from liber_runtime.interest import Prompt
 from liber_runtime.progress import Advance, progress
 from liber_runtime.representation import Encoder
 from liber_runtime.worker.answers import checked_text, checked_vectors
-from liber_runtime.writers import Writer
+from liber_runtime.writers import Writer, close
 
 CALLS_IN_FLIGHT = 64
 """Of a writer without limits of its own; wrap one with a price in `liber_runtime.writers.limits.Limited`."""
@@ -113,6 +113,7 @@ async def _write(prompts: Iterable[Prompt], writer: Writer, cache: AnswerCache, 
         for task in in_flight:
             task.cancel()
         await asyncio.gather(*in_flight, return_exceptions=True)
+        await close(writer)
     if failure is not None:
         raise failure
     return [answers[key] for key in keys]
@@ -145,7 +146,7 @@ async def _ask(writer: Writer, prompt: Prompt) -> str:
     for seconds in (*RETRY_SECONDS, None):
         try:
             return checked_text((await writer.write(prompt)).text, writer.name)
-        except ConfigurationError:
+        except (ConfigurationError, PromptRefusedError):
             raise
         except LiberError:
             if seconds is None:

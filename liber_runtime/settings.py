@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
 import pydantic
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -39,17 +42,116 @@ class Settings(BaseSettings):
         return self.threads or available_processors()
 
 
+class WriterSettings(BaseSettings):
+    """Which writer, and how it is called; ``docs/llm.md`` explains the choice.
+
+    Attributes:
+        writer: statistical, openai, triton or transformers; the variable is ``LIBER_WRITER``.
+        url: of the endpoint (openai, e.g. http://127.0.0.1:8000/v1) or host:port of Triton's gRPC (triton).
+        model: what the endpoint or Triton calls it (triton: empty for its layout's usual name), or the checkpoint's
+            directory or hub name (transformers).
+        api: openai: chat, or completions for base models.
+        api_key: openai: a secret; nothing shows it.
+        api_key_file: a file that holds it instead.
+        layout: triton: inflight_batcher_llm or llmapi; auto asks the server.
+        tokenizer: the LLM's tokenizer.json or tokenizer.model, to count with; without it an estimate is used.
+        chat_template: a Jinja file, for endpoints that take bare text and chat models.
+        context_tokens: most tokens of prompt and answer.
+        response_tokens: most tokens of an answer.
+        temperature: 0 for the most likely text.
+        seed: for temperatures above 0.
+        timeout_seconds: until a call is given up.
+        patience_seconds: how long a busy endpoint is asked again.
+        tokens_per_minute: most tokens of calls begun in a minute, by this process; None for no limit.
+        prompt_price: of a million tokens read.
+        response_price: of a million tokens written.
+        currency: of the prices.
+        profile: whether users' profiles are told to the LLM.
+        device: transformers: auto, cpu or cuda.
+        dtype: transformers: auto, float32, bfloat16 or float16.
+        batching: transformers: static or continuous.
+        batch_size: transformers: most calls in a batch.
+        trust_remote_code: transformers: whether code that comes with the checkpoint may run here.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LIBER_WRITER_", extra="ignore", populate_by_name=True)
+
+    writer: Literal["statistical", "openai", "triton", "transformers"] = pydantic.Field(
+        default="statistical", validation_alias=pydantic.AliasChoices("LIBER_WRITER", "writer")
+    )
+    url: str = ""
+    model: str = ""
+    api: Literal["chat", "completions"] = "chat"
+    api_key: pydantic.SecretStr | None = None
+    api_key_file: Path | None = None
+    layout: Literal["auto", "inflight_batcher_llm", "llmapi"] = "auto"
+    tokenizer: Path | None = None
+    chat_template: Path | None = None
+    context_tokens: int = pydantic.Field(default=4096, ge=1)
+    response_tokens: int = pydantic.Field(default=512, ge=1)
+    temperature: float = pydantic.Field(default=0.0, ge=0.0, le=2.0)
+    seed: int | None = pydantic.Field(default=None, ge=0)
+    timeout_seconds: float = pydantic.Field(default=120.0, gt=0)
+    patience_seconds: float = pydantic.Field(default=60.0, ge=0)
+    tokens_per_minute: int | None = pydantic.Field(default=None, ge=1)
+    prompt_price: float = pydantic.Field(default=0.0, ge=0)
+    response_price: float = pydantic.Field(default=0.0, ge=0)
+    currency: str = pydantic.Field(default="USD", pattern="^[A-Z]{3}$")
+    profile: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batching: Literal["static", "continuous"] = "static"
+    batch_size: int = pydantic.Field(default=8, ge=1)
+    trust_remote_code: bool = False
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
 def load_settings() -> Settings:
     """Reads the environment.
 
     Raises:
         ConfigurationError: a variable has an unusable value.
     """
+    return _load(Settings, {})
+
+
+def load_writer_settings(**options: Any) -> WriterSettings:
+    """Reads the environment; options that are not None override it.
+
+    Raises:
+        ConfigurationError: a variable or an option has an unusable value.
+    """
+    return _load(WriterSettings, {name: value for name, value in options.items() if value is not None})
+
+
+def _load(kind: type[S], options: dict[str, Any]) -> S:
     try:
-        return Settings()
+        return kind(**options)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
-        variable = "LIBER_" + str(problem["loc"][0]).upper()
+        name = str(problem["loc"][0])
+        variable = name if name.startswith("LIBER_") else f"{kind.model_config['env_prefix']}{name.upper()}"
         raise ConfigurationError(
             f"{variable}={problem['input']!r} is not usable ({problem['msg']}); correct or unset it"
         ) from None
+
+
+def read_secret(value: pydantic.SecretStr | None, file: Path | None, variable: str) -> str | None:
+    """A secret that a variable holds, or the file that the variable with ``_FILE`` at its end names.
+
+    Raises:
+        ConfigurationError: both are given, or the file cannot be read or is empty.
+    """
+    if value is not None and file is not None:
+        raise ConfigurationError(f"{variable} and {variable}_FILE are both set; unset one of them")
+    if file is None:
+        return value.get_secret_value() if value is not None else None
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{variable}_FILE={file} cannot be read: {error}") from None
+    if not text:
+        raise ConfigurationError(f"{variable}_FILE={file} is empty; write the secret into it")
+    return text

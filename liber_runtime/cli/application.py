@@ -40,6 +40,22 @@ DataOption = Annotated[
         "Without it: the generated sample.",
     ),
 ]
+WriterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--writer",
+        help="statistical (no LLM), openai (any OpenAI-compatible endpoint), triton, transformers. What is no option "
+        "is a variable: docs/llm.md. (env var: LIBER_WRITER)",
+    ),
+]
+WriterUrlOption = Annotated[
+    str | None,
+    typer.Option(help="The LLM's endpoint, or host:port of its Triton. (env var: LIBER_WRITER_URL)"),
+]
+WriterModelOption = Annotated[
+    str | None,
+    typer.Option(help="What the LLM is called there, or its checkpoint. (env var: LIBER_WRITER_MODEL)"),
+]
 
 
 @contextmanager

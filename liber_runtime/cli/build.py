@@ -16,6 +16,9 @@ from liber_runtime.cli.application import (
     DataOption,
     StoreOption,
     TritonOption,
+    WriterModelOption,
+    WriterOption,
+    WriterUrlOption,
     application,
     needs_builders,
     opened,
@@ -23,7 +26,7 @@ from liber_runtime.cli.application import (
 )
 from liber_runtime.exceptions import InvalidInputError
 from liber_runtime.memory import MemoryStore
-from liber_runtime.settings import load_settings
+from liber_runtime.settings import load_settings, load_writer_settings
 
 if TYPE_CHECKING:
     from builders.train import TrainingResult
@@ -118,6 +121,9 @@ def build(
     data: DataOption = None,
     store: StoreOption = None,
     output_directory: OutputOption = Path("runs/build"),
+    writer: WriterOption = None,
+    writer_url: WriterUrlOption = None,
+    writer_model: WriterModelOption = None,
     repository: RepositoryOption = None,
     triton: ServingOption = None,
     target: TargetOption = None,
@@ -156,8 +162,9 @@ def build(
         from builders.build import BuildSettings
         from builders.build import build as build_bundle
         from builders.priority import lower_priority
-    from liber_runtime.writers.statistical import StatisticalWriter
+    from liber_runtime.writers.opening import open_writer
 
+    author = open_writer(load_writer_settings(writer=writer, url=writer_url, model=writer_model))
     lower_priority()
     settings = BuildSettings(
         backbone=backbone,
@@ -172,7 +179,7 @@ def build(
     if encoder is not None:
         settings = dataclasses.replace(settings, encoder=encoder)
     with opened(store, condition, create=True) as memory:
-        manifest, result = build_bundle(memory, dataset, StatisticalWriter(), output_directory, settings)
+        manifest, result = build_bundle(memory, dataset, author, output_directory, settings)
         _tell_result(manifest, result, output_directory)
         _bring_into_service(memory, manifest, output_directory / "bundle", repository, triton, target, tensorrt)
 
@@ -181,6 +188,9 @@ def build(
 def reencode(
     store: StoreOption = None,
     output_directory: OutputOption = Path("runs/build"),
+    writer: WriterOption = None,
+    writer_url: WriterUrlOption = None,
+    writer_model: WriterModelOption = None,
     repository: RepositoryOption = None,
     triton: ServingOption = None,
     target: TargetOption = None,
@@ -215,8 +225,9 @@ def reencode(
         from builders.build import BuildSettings
         from builders.build import reencode as reencode_store
         from builders.priority import lower_priority
-    from liber_runtime.writers.statistical import StatisticalWriter
+    from liber_runtime.writers.opening import open_writer
 
+    author = open_writer(load_writer_settings(writer=writer, url=writer_url, model=writer_model))
     lower_priority()
     settings = BuildSettings(refit_pca=refit_pca)
     if kept is not None:
@@ -244,7 +255,7 @@ def reencode(
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
     _require_backbone(settings.backbone)
     with opened(store) as memory:
-        manifest, result = reencode_store(memory, StatisticalWriter(), output_directory, settings)
+        manifest, result = reencode_store(memory, author, output_directory, settings)
         _tell_result(manifest, result, output_directory)
         _bring_into_service(memory, manifest, before, repository, triton, target, tensorrt)
 

@@ -13,21 +13,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from liber_runtime.cli.application import StoreOption, TritonOption, application, opened, output
-from liber_runtime.exceptions import LiberError
+from liber_runtime.cli.application import (
+    StoreOption,
+    TritonOption,
+    WriterModelOption,
+    WriterOption,
+    WriterUrlOption,
+    application,
+    opened,
+    output,
+)
+from liber_runtime.exceptions import LiberError, WriterAwayError
 from liber_runtime.progress import console, progress
-from liber_runtime.settings import load_settings
+from liber_runtime.settings import load_settings, load_writer_settings
 from liber_runtime.wording import visible
+from liber_runtime.writers.llm import LLMWriter
 
 if TYPE_CHECKING:
     from liber_runtime.representation import TritonEncoder
     from liber_runtime.worker import Worker, WorkerProgress, WorkerReport
+    from liber_runtime.writers import Writer
 
 
 @application.command()
 def worker(
     store: StoreOption = None,
     triton: TritonOption = None,
+    writer: WriterOption = None,
+    writer_url: WriterUrlOption = None,
+    writer_model: WriterModelOption = None,
     drain: Annotated[
         bool, typer.Option("--drain", help="Stop when nothing is left to do, instead of waiting for more.")
     ] = False,
@@ -51,7 +65,7 @@ def worker(
         int, typer.Option(help="Serve Prometheus metrics on this port of 127.0.0.1; 0 for none.")
     ] = 0,
 ) -> None:
-    """Turn pending partitions into texts and vectors, with the statistical writer, until SIGTERM or Ctrl-C.
+    """Turn pending partitions into texts and vectors until SIGTERM or Ctrl-C.
 
     A second signal ends at once; what was in flight is then taken over when its lease ends.
     """
@@ -59,8 +73,10 @@ def worker(
     from liber_runtime.representation import TritonEncoder
     from liber_runtime.worker import Worker
     from liber_runtime.writers.limits import Limited
-    from liber_runtime.writers.statistical import StatisticalWriter
+    from liber_runtime.writers.opening import open_writer, price_of
 
+    chosen = load_writer_settings(writer=writer, url=writer_url, model=writer_model)
+    author = open_writer(chosen)
     metrics = Metrics()
     if metrics_port:
         metrics.serve(metrics_port)
@@ -70,14 +86,15 @@ def worker(
         encoder = None if texts_only else TritonEncoder(triton or load_settings().triton)
         hands = Worker(
             memory,
-            Limited(StatisticalWriter(), concurrency, calls_per_minute),
+            Limited(author, concurrency, calls_per_minute),
             encoder,
             metrics=metrics,
+            price=price_of(chosen),
             concurrency=concurrency,
             call_seconds=call_seconds,
             stop_seconds=stop_seconds,
         )
-        report, signalled = asyncio.run(_work(hands, encoder, drain))
+        report, signalled = asyncio.run(_work(hands, author, encoder, drain))
     output.print_json(json.dumps(dataclasses.asdict(report)))
     if report.dead:
         raise LiberError(
@@ -88,7 +105,7 @@ def worker(
         sys.exit(128 + signalled)  # what was to be drained is not
 
 
-async def _work(hands: Worker, encoder: TritonEncoder | None, drain: bool) -> tuple[WorkerReport, int]:
+async def _work(hands: Worker, writer: Writer, encoder: TritonEncoder | None, drain: bool) -> tuple[WorkerReport, int]:
     """Runs or drains a worker; says also which signal stopped it, 0 for none."""
     stop, signalled = asyncio.Event(), 0
 
@@ -103,6 +120,7 @@ async def _work(hands: Worker, encoder: TritonEncoder | None, drain: bool) -> tu
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop_by, number)
+    await _check(writer)
     if not drain:
         console.print("waiting for work; SIGTERM or Ctrl-C ends it")
     try:
@@ -111,6 +129,15 @@ async def _work(hands: Worker, encoder: TritonEncoder | None, drain: bool) -> tu
     finally:
         if encoder is not None:
             await encoder.close()
+
+
+async def _check(writer: Writer) -> None:
+    """A setting that can never work ends the worker before it takes anything; an endpoint that is away does not."""
+    if isinstance(writer, LLMWriter):
+        try:
+            await writer.check()
+        except WriterAwayError as error:
+            console.print(f"{visible(str(error))}; the work waits for it", soft_wrap=True)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ The shape, version 1. Keys are added without a new version; a key that changes i
       "writer": "...", "prompt_version": "...",
       "prompt_tokens": 512 or null, "response_tokens": 128 or null,   null if the writer counts none
       "seconds": 1.25,                wall time of the writer's call
-      "made_at": 1650000100.0, "made": "2022-04-15T05:21:40+00:00"
+      "made_at": 1650000100.0, "made": "2022-04-15T05:21:40+00:00",
+      "note": "..."                   what the prompt left out, or how the answer was cut; empty if nothing is wrong
     },
     "shift": as summary,
     "vectors": [{"encoding": "<fingerprint>", "dimension": 64, "values": [0.1, ...]}],
@@ -128,6 +129,7 @@ def _text(view: UserView, record: PartitionRecord, text: Text | None) -> dict[st
         "seconds": text.seconds,
         "made_at": text.made_at,
         "made": iso_time(text.made_at),
+        "note": text.note,
     }
 
 

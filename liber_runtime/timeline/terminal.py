@@ -101,6 +101,8 @@ def tell_origin(view: UserView, record: PartitionRecord, text: Text) -> str:
         f"{text.seconds:.3g} s",
         f"made {moment(text.made_at)}",
     ]
+    if text.note:
+        parts.append(visible(text.note))
     return " · ".join(parts)
 
 

@@ -18,7 +18,8 @@ from liber_runtime.metrics import Metrics
 from liber_runtime.representation import Encoder
 from liber_runtime.worker.answers import MAX_TEXT_CHARACTERS
 from liber_runtime.worker.session import Session
-from liber_runtime.writers import Writer
+from liber_runtime.writers import Writer, close
+from liber_runtime.writers.pricing import Price
 
 __all__ = ["MAX_TEXT_CHARACTERS", "Worker", "WorkerProgress", "WorkerReport"]
 
@@ -36,6 +37,9 @@ class WorkerReport:
         discarded: results that came too late (lease expired, user forgotten).
         lost: claims that were found lost while their call ran; the call was ended.
         repeated: writer calls that an earlier claim may have made already.
+        prompt_tokens: read by the writer, as far as it counts them; those of unusable answers too.
+        response_tokens: written, likewise.
+        cost: of these tokens, in the currency of the worker's price; 0 without one.
         seconds: wall time.
     """
 
@@ -47,6 +51,9 @@ class WorkerReport:
     discarded: int
     lost: int
     repeated: int
+    prompt_tokens: int
+    response_tokens: int
+    cost: float
     seconds: float
 
 
@@ -83,6 +90,7 @@ class Worker:
         writer: makes summaries and shifts; None leaves them to other workers.
         encoder: makes representations; None leaves them to other workers.
         metrics: counts; its own if None.
+        price: of the writer's tokens; None where nobody asks.
         concurrency: most writer calls in flight. High for an instant writer (one transaction takes that many), for
             an LLM what its server can batch.
         encode_batch: most pairs of texts in one call of the encoder.
@@ -108,6 +116,7 @@ class Worker:
         encoder: Encoder | None,
         *,
         metrics: Metrics | None = None,
+        price: Price | None = None,
         concurrency: int = 32,
         encode_batch: int = 64,
         lease_seconds: float = 60.0,
@@ -125,6 +134,7 @@ class Worker:
         self.writer = writer
         self.encoder = encoder
         self.metrics = metrics or Metrics()
+        self.price = price
         self.concurrency = concurrency
         self.encode_batch = encode_batch
         self.lease_seconds = lease_seconds
@@ -182,6 +192,9 @@ class Worker:
                 discarded=counts["discarded"],
                 lost=counts["lost"],
                 repeated=counts["repeated"],
+                prompt_tokens=counts["prompt_tokens"],
+                response_tokens=counts["response_tokens"],
+                cost=session.cost,
                 seconds=session.seconds,
             )
 
@@ -189,5 +202,9 @@ class Worker:
             if progress is not None:
                 progress(WorkerProgress(report(), session.pending, session.error))
 
-        await session.work(stop, tell)
+        try:
+            await session.work(stop, tell)
+        finally:
+            if self.writer is not None:
+                await close(self.writer)
         return report()

@@ -33,7 +33,9 @@ class Session:
 
     Attributes:
         worker: its settings.
-        counts: kept results by step, and ``failed``, ``dead``, ``discarded``, ``lost``, ``repeated``.
+        counts: kept results by step, ``failed``, ``dead``, ``discarded``, ``lost``, ``repeated``, ``prompt_tokens`` and
+            ``response_tokens``.
+        cost: of these tokens.
         error: the newest failure, in one line.
         pending: the queue when it was last looked at.
         forever: True for a run, False for a drain.
@@ -45,6 +47,7 @@ class Session:
         self.worker = worker
         self.forever = forever
         self.counts: Counter[str] = Counter()
+        self.cost = 0.0
         self.error = ""
         self.pending: Mapping[Step, int] = {}
         self.texts_kept = 0
@@ -187,11 +190,11 @@ class Session:
             return [taken for result in results for taken in await self.commit([result])]
         return await self.commit([self.failed(results[0].task, str(error))])
 
-    def failed(self, task: Task, error: str, attempted: bool = True) -> Result:
+    def failed(self, task: Task, error: str, attempted: bool = True, hopeless: bool = False) -> Result:
         """A failure as the store takes it: tried again later, or given up."""
         if not attempted:
             retry: float | None = 0.0  # the lane's own pause is enough; the step is for whoever comes first
-        elif task.attempts >= self.worker.max_attempts:
+        elif hopeless or task.attempts >= self.worker.max_attempts:
             retry = None
         else:
             retry = self.delay(task.attempts)
@@ -206,6 +209,15 @@ class Session:
         """Counts a writer's call that an earlier claim may have made already."""
         self.counts["repeated"] += 1
         self.worker.metrics.repeated()
+
+    def paid(self, prompt_tokens: int | None, response_tokens: int | None) -> None:
+        """Counts the tokens of one call that was answered, well or not."""
+        read, written = prompt_tokens or 0, response_tokens or 0
+        self.counts["prompt_tokens"] += read
+        self.counts["response_tokens"] += written
+        price = self.worker.price
+        if price is not None:
+            self.cost += price.of(read, written)
 
     def failed_to_reach(self, error: str) -> None:
         """Counts a failure that is of no step."""

@@ -8,7 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from liber_runtime.behavior import Domain, Item, Text
-from liber_runtime.exceptions import ConfigurationError, WriterAwayError
+from liber_runtime.exceptions import (
+    ConfigurationError,
+    PromptRefusedError,
+    UnusableAnswerError,
+    WriterAwayError,
+)
 from liber_runtime.interest import PartitionPrompt
 from liber_runtime.memory import Result, Step, Task
 from liber_runtime.worker.answers import checked_text, prompt_of
@@ -95,17 +100,22 @@ class WritingLane(Lane):
             yield (task,), partial(self._write, task, self._domain, self._items)
 
     async def _write(self, task: Task, domain: Domain, items: Mapping[str, Item]) -> list[Result]:
+        session = self.session
         try:
             text = await self._ask_writer(prompt_of(task, domain, items))
         except Exception as error:
+            if isinstance(error, UnusableAnswerError):
+                session.paid(error.prompt_tokens, error.response_tokens)
             # Unless the writer is sure that nobody was called, a call may have been paid for, so it counts.
-            return [self.session.failed(task, explain(error), attempted=not isinstance(error, WriterAwayError))]
-        self.session.worker.metrics.written(text)
+            away, refused = isinstance(error, WriterAwayError), isinstance(error, PromptRefusedError)
+            return [session.failed(task, explain(error), attempted=not away, hopeless=refused)]
+        session.worker.metrics.written(text)
         return [Result(task, text)]
 
     async def _ask_writer(self, prompt: PartitionPrompt) -> Text:
         started = time.perf_counter()
         completion = await self._writer.write(prompt)
+        self.session.paid(completion.prompt_tokens, completion.response_tokens)
         return Text(
             kind=prompt.kind,
             text=checked_text(completion.text, self._writer.name),

@@ -54,3 +54,18 @@ class Paced(Protocol):
     def free(self) -> tuple[int, float]:
         """How many calls would begin at once, and seconds until it is worth asking again if none would."""
         ...
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A writer with connections, which belong to the event loop they were made in."""
+
+    async def close(self) -> None:
+        """Ends them; to be called before the loop ends. The next call, in any loop, makes new ones."""
+        ...
+
+
+async def close(writer: Writer) -> None:
+    """Ends what a writer keeps open, if it keeps anything open."""
+    if isinstance(writer, Closing):
+        await writer.close()

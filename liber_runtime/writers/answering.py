@@ -17,7 +17,8 @@ _PERIODS = 8
 _REASONING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
 _SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>", re.IGNORECASE)
 _FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
-_SENTENCE_END = re.compile(r"[.!?。！？]['\")\]]?(?=\s)|\n")
+_SENTENCE_END = re.compile(r"(?<!^\d)(?<!^\d\d)[.!?。！？]['\")\]]?(?=\s)|\n", re.MULTILINE)
+_WORD = re.compile(r"[^\W\d_]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def find_loop(text: str) -> str:
     for period in range(1, min(_LONGEST_PERIOD, len(text) // _PERIODS) + 1):
         if text.endswith(text[-period:] * _PERIODS) and len(set(text[-period:])) > 1:
             return text[-period:].strip()
-    words = text.split()
+    words = _WORD.findall(text)  # without numbers, which count on while the rest repeats
     if len(words) < LOOP_WORDS:
         return ""
     runs = [" ".join(words[start : start + _RUN_WORDS]) for start in range(len(words) - _RUN_WORDS + 1)]

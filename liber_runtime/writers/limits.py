@@ -8,7 +8,7 @@ from aiolimiter import AsyncLimiter
 
 from liber_runtime.exceptions import ConfigurationError
 from liber_runtime.interest import Prompt
-from liber_runtime.writers import Completion, Writer
+from liber_runtime.writers import Completion, Writer, close
 
 _BURSTS_PER_MINUTE = 600
 """Calls of the same tenth of a second may begin together; below 1,200 calls a minute they are spaced evenly."""
@@ -69,6 +69,10 @@ class Limited:
             return await self._writer.write(prompt)
         finally:
             self._in_flight -= 1
+
+    async def close(self) -> None:
+        """Closes the writer."""
+        await close(self._writer)
 
     def free(self) -> tuple[int, float]:
         """See `Paced.free`."""

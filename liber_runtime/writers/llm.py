@@ -81,7 +81,7 @@ class LanguageModel(Protocol):
         ...
 
     async def close(self) -> None:
-        """Ends connections, or frees memory."""
+        """Ends what belongs to the running event loop; the next call, in any loop, makes it anew."""
         ...
 
 
@@ -100,7 +100,7 @@ class Patience:
 
 @dataclass
 class LLMWriter:
-    """Writes with a language model. An instance belongs to one event loop.
+    """Writes with a language model; in one event loop until it is closed, then in another if need be.
 
     The first prompt of each kind waits for a warm-up: one call with the template's fixed text alone and one token to
     write, because a server can reuse a prefix only once the call that computed it has ended. All others wait for that.
@@ -122,15 +122,19 @@ class LLMWriter:
     retried: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        most = self.prompting.budget.context_tokens
+        if self.tokens_per_minute is not None and self.tokens_per_minute < 2 * most:
+            raise ConfigurationError(
+                f"{self.tokens_per_minute} tokens per minute are too few for calls of up to {most}; allow {2 * most} "
+                "at least, or a shorter context"
+            )
+        self._begin()
+
+    def _begin(self) -> None:
+        """Makes what belongs to an event loop."""
         self._warm: dict[str, asyncio.Future[None]] = {}
         self._rate: AsyncLimiter | None = None
         if self.tokens_per_minute is not None:
-            most = self.prompting.budget.context_tokens
-            if self.tokens_per_minute < 2 * most:
-                raise ConfigurationError(
-                    f"{self.tokens_per_minute} tokens per minute are too few for calls of up to {most}; allow "
-                    f"{2 * most} at least, or a shorter context"
-                )
             # A bucket of n tokens that leaks n a minute lets at most 2 n through in a minute.
             self._rate = AsyncLimiter(self.tokens_per_minute / 2, 60.0)
 
@@ -166,6 +170,7 @@ class LLMWriter:
     async def close(self) -> None:
         """See `LanguageModel.close`."""
         await self.model.close()
+        self._begin()
 
     async def _warm_up(self, fitted: FittedPrompt) -> None:
         if not self.warms_up:
@@ -212,7 +217,7 @@ class _Pause(tenacity.wait.wait_base):
     """What the server asks for, else exponential with jitter."""
 
     def __init__(self, first: float) -> None:
-        self._jittered = tenacity.wait_exponential_jitter(first, _LONGEST_PAUSE_SECONDS, jitter=first)
+        self._jittered = tenacity.wait_exponential(first, _LONGEST_PAUSE_SECONDS) + tenacity.wait_random(0.0, first)
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome is not None else None

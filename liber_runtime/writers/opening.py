@@ -1,0 +1,79 @@
+"""From settings to a writer."""
+
+from __future__ import annotations
+
+from liber_runtime.exceptions import ConfigurationError
+from liber_runtime.settings import WriterSettings, read_secret
+from liber_runtime.writers import Writer
+from liber_runtime.writers.llm import LanguageModel, LLMWriter, Patience
+from liber_runtime.writers.pricing import Price
+from liber_runtime.writers.prompting import Budget, ChatTemplate, Prompting
+from liber_runtime.writers.statistical import StatisticalWriter
+from liber_runtime.writers.tokens import counted_by, estimated
+
+
+def open_writer(settings: WriterSettings) -> Writer:
+    """The writer of the settings; an `LLMWriter` unless it is the statistical one. Calls nobody.
+
+    Raises:
+        ConfigurationError: settings that do not fit together, or a package that is missing.
+    """
+    if settings.writer == "statistical":
+        return StatisticalWriter()
+    try:
+        model, prompting = _open_model(settings)
+    except ModuleNotFoundError as error:
+        extra = "local" if settings.writer == "transformers" else "llm"
+        raise ConfigurationError(
+            f"the writer {settings.writer} needs {error.name}, which is not installed: "
+            f"pip install 'liber-runtime[{extra}]'"
+        ) from None
+    return LLMWriter(
+        model,
+        prompting,
+        Patience(settings.patience_seconds),
+        settings.tokens_per_minute,
+        # In this process nothing of an earlier call is used again.
+        warms_up=settings.writer != "transformers",
+    )
+
+
+def price_of(settings: WriterSettings) -> Price | None:
+    """What the writer's tokens cost; None if nobody said."""
+    if not settings.prompt_price and not settings.response_price:
+        return None
+    return Price(settings.prompt_price, settings.response_price, settings.currency)
+
+
+def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting]:
+    if settings.writer == "openai":
+        from liber_runtime.writers.openai import OpenAIModel
+
+        _require(settings, "url", "the endpoint, e.g. http://127.0.0.1:8000/v1")
+        _require(settings, "model", "what the endpoint calls the LLM")
+        key = read_secret(settings.api_key, settings.api_key_file, "LIBER_WRITER_API_KEY")
+        model = OpenAIModel(
+            settings.url,
+            settings.model,
+            api=settings.api,
+            key=key,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            seconds=settings.timeout_seconds,
+        )
+        return model, _prompting(settings)
+    raise ConfigurationError(f"no writer is called {settings.writer!r}")
+
+
+def _prompting(settings: WriterSettings) -> Prompting:
+    return Prompting(
+        Budget(settings.context_tokens, settings.response_tokens),
+        counted_by(settings.tokenizer) if settings.tokenizer is not None else estimated,
+        ChatTemplate.read(settings.chat_template) if settings.chat_template is not None else None,
+        settings.profile,
+    )
+
+
+def _require(settings: WriterSettings, name: str, meaning: str) -> None:
+    if not getattr(settings, name):
+        raise ConfigurationError(f"the writer {settings.writer} needs LIBER_WRITER_{name.upper()}: {meaning}")
