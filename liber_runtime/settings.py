@@ -123,7 +123,10 @@ def load_writer_settings(**options: Any) -> WriterSettings:
     Raises:
         ConfigurationError: a variable or an option has an unusable value.
     """
-    return _load(WriterSettings, {name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    if "writer" in given:
+        given["LIBER_WRITER"] = given.pop("writer")  # so that an error names the variable
+    return _load(WriterSettings, given)
 
 
 def _load(kind: type[S], options: dict[str, Any]) -> S:

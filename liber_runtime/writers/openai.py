@@ -109,21 +109,30 @@ class OpenAIModel:
         )
 
     async def check(self) -> None:
-        """See `LanguageModel.check`: the endpoint is there, takes the key and has the model, if it lists any."""
+        """See `LanguageModel.check`: the endpoint is there, takes the key and has the model.
+
+        An endpoint that lists other models than this one is asked for one token: some list only part of what they have.
+        """
         try:
             listed = await self._client.models.list(timeout=min(self._seconds, _CHECK_SECONDS))
             names = [model.id async for model in listed]
+            if names and self._model not in names:
+                await self._require_model(names)
         except openai.NotFoundError:
             return  # it lists none
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise ConfigurationError(str(self._explained(error))) from None
         except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
             raise WriterAwayError(str(self._explained(error))) from None
-        if names and self._model not in names:
+
+    async def _require_model(self, names: list[str]) -> None:
+        try:
+            await self._post("a", 1)
+        except (openai.NotFoundError, openai.BadRequestError) as error:
             raise ConfigurationError(
-                f"{self._url} has no model {self._model!r}; it has {', '.join(sorted(names)[:20])}: set "
-                "LIBER_WRITER_MODEL to one of them"
-            )
+                f"{self._url} does not answer for the model {self._model!r} ({_reason(error)}); it lists "
+                f"{', '.join(sorted(names)[:20])}: correct LIBER_WRITER_MODEL, or LIBER_WRITER_API"
+            ) from None
 
     async def close(self) -> None:
         """See `LanguageModel.close`."""
