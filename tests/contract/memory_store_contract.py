@@ -792,6 +792,15 @@ class MemoryStoreContract:
         assert list(second.representations) == ["encoder-1"]
         assert second.representations["encoder-1"].vector.tolist() == [2.5] * 4
 
+    def test_a_note_on_a_text_is_kept(self, store: MemoryStore) -> None:
+        store.append(run("ann", 5))
+        (task,) = store.claim(["summary"], 1, 60.0)
+        made = Text("summary", "text", "test", "v1", 10, 5, 0.25, 5.0, "the oldest 2 of 5 behaviors were left out")
+        store.commit([Result(task, made)])
+        timeline = store.timeline("ann")
+        assert timeline is not None
+        assert timeline.partitions[0].summary == made
+
     def test_the_oldest_steps_of_a_user_come_first(self, engine: Engine) -> None:
         store = engine.open(Count(5))
         for start in (0, 5, 10):

@@ -140,6 +140,7 @@ class TestDocument:
             "seconds": 1.5,
             "made_at": 1.7e9,
             "made": "2023-11-14T22:13:20+00:00",
+            "note": "",
         }
         assert first["vectors"] == [{"encoding": OLD, "dimension": 4, "values": [0.1] * 4}]
         assert second["shift"] is None
@@ -215,6 +216,13 @@ class TestTerminal:
         assert f"pending  vector of {NEW}\n" in told
         assert f"pending  shift, vector of {OLD}, vector of {NEW}\n" in told
         assert "given up  summary, after 5 attempts: the writer is away\n" in told
+
+    def test_what_is_wrong_with_a_text_is_told(self) -> None:
+        shown = view(record(1, 3, OLD, summary=text("summary", note=f"the oldest 2 were left out{EVIL}")))
+        told = printed(show_user(shown, ALL))
+        assert "made 2023-11-14 22:13 · the oldest 2 were left out" in told
+        assert "\x1b" not in told
+        assert parsed(shown)["partitions"][0]["summary"]["note"].startswith("the oldest 2 were left out")
 
     def test_the_newest_are_listed_and_the_rest_counted(self) -> None:
         shown = view(*(record(number, 8) for number in range(1, 5)), cache=map(behavior, range(7)))
