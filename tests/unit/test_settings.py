@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
+import pydantic
 import pytest
 
 from liber_runtime.exceptions import ConfigurationError
-from liber_runtime.settings import load_settings
+from liber_runtime.settings import WriterSettings, load_settings, load_writer_settings, read_secret
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +63,59 @@ def test_an_unusable_value_is_one_line_that_names_it(
     assert str(refused.value).startswith(f"{variable}={value!r} is not usable (")
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_the_documents_table_has_every_setting_of_writers_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "llm.md").read_text("utf-8")
+    told = dict(re.findall(r"^\| `(LIBER_WRITER\w*)` \| ([^|]*?) ?\|", page, re.MULTILINE))
+    expected = {}
+    for name, field in WriterSettings.model_fields.items():
+        variable = "LIBER_WRITER" if name == "writer" else f"LIBER_WRITER_{name.upper()}"
+        default = field.default
+        shown = "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        expected[variable] = shown
+    assert told == expected
+
+
+def test_a_writers_settings_come_from_the_environment_and_options_override_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LIBER_WRITER", "openai")
+    monkeypatch.setenv("LIBER_WRITER_MODEL", "llama")
+    assert (load_writer_settings().writer, load_writer_settings().model) == ("openai", "llama")
+    assert load_writer_settings(writer="triton", model="other", url=None).writer == "triton"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("LIBER_WRITER", "gpt"),
+        ("LIBER_WRITER_API", "soap"),
+        ("LIBER_WRITER_TEMPERATURE", "-1"),
+        ("LIBER_WRITER_RESPONSE_TOKENS", "0"),
+        ("LIBER_WRITER_CURRENCY", "dollars"),
+    ],
+)
+def test_an_unusable_setting_of_a_writer_is_named(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError, match=f"{variable}='{value}' is not usable"):
+        load_writer_settings()
+
+
+def test_a_secret_comes_from_a_variable_or_a_file_and_shows_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("from-file\n")
+    assert read_secret(None, file, "KEY") == "from-file"
+    assert read_secret(pydantic.SecretStr("from-environment"), None, "KEY") == "from-environment"
+    assert read_secret(None, None, "KEY") is None
+    with pytest.raises(ConfigurationError, match="KEY and KEY_FILE are both set"):
+        read_secret(pydantic.SecretStr("x"), file, "KEY")
+    with pytest.raises(ConfigurationError, match=r"KEY_FILE=.*none cannot be read"):
+        read_secret(None, tmp_path / "none", "KEY")
+    file.write_text(" \n")
+    with pytest.raises(ConfigurationError, match="is empty"):
+        read_secret(None, file, "KEY")
+    monkeypatch.setenv("LIBER_WRITER_API_KEY", "very-secret")
+    assert "very-secret" not in repr(load_writer_settings()) + str(load_writer_settings())
