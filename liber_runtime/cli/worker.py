@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from liber_runtime.cli.application import StoreOption, TritonOption, application, opened, output
+from liber_runtime.cli.application import (
+    MetricsHostOption,
+    MetricsPortOption,
+    StoreOption,
+    TritonOption,
+    application,
+    opened,
+    output,
+)
 from liber_runtime.exceptions import LiberError
 from liber_runtime.progress import console, progress
 from liber_runtime.settings import load_settings
@@ -47,9 +55,8 @@ def worker(
         float,
         typer.Option(min=0.0, help="How long calls in flight are waited for on SIGTERM; later ones are given back."),
     ] = 30.0,
-    metrics_port: Annotated[
-        int, typer.Option(help="Serve Prometheus metrics on this port of 127.0.0.1; 0 for none.")
-    ] = 0,
+    metrics_port: MetricsPortOption = 0,
+    metrics_host: MetricsHostOption = "127.0.0.1",
 ) -> None:
     """Turn pending partitions into texts and vectors, with the statistical writer, until SIGTERM or Ctrl-C.
 
@@ -63,7 +70,7 @@ def worker(
 
     metrics = Metrics()
     if metrics_port:
-        metrics.serve(metrics_port)
+        metrics.serve(metrics_port, metrics_host)
     with opened(store) as memory:
         if retry_dead:
             console.print(f"{memory.revive()} steps that were given up are ready again")

@@ -270,7 +270,7 @@ class Session:
             self.error = str(error)
             return
         self.pending = statistics.pending
-        self.worker.metrics.queue(statistics)
+        self.worker.metrics.observed(statistics)
 
     async def _has_ended(self, seconds: float) -> bool:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -95,17 +96,26 @@ class WritingLane(Lane):
             yield (task,), partial(self._write, task, self._domain, self._items)
 
     async def _write(self, task: Task, domain: Domain, items: Mapping[str, Item]) -> list[Result]:
+        metrics = self.session.worker.metrics
         try:
             text = await self._ask_writer(prompt_of(task, domain, items))
         except Exception as error:
             # Unless the writer is sure that nobody was called, a call may have been paid for, so it counts.
-            return [self.session.failed(task, explain(error), attempted=not isinstance(error, WriterAwayError))]
-        self.session.worker.metrics.written(text)
+            away = isinstance(error, WriterAwayError)
+            metrics.called("away" if away else "failed")
+            return [self.session.failed(task, explain(error), attempted=not away)]
+        except asyncio.CancelledError:
+            if not self.session.closing.is_set():
+                metrics.called("failed")
+            raise
+        metrics.called("answered")
+        metrics.written(text)
         return [Result(task, text)]
 
     async def _ask_writer(self, prompt: PartitionPrompt) -> Text:
         started = time.perf_counter()
         completion = await self._writer.write(prompt)
+        self.session.worker.metrics.paid(completion.prompt_tokens, completion.response_tokens)
         return Text(
             kind=prompt.kind,
             text=checked_text(completion.text, self._writer.name),
