@@ -159,7 +159,7 @@ def serve_registry(registry: CollectorRegistry, port: int, address: str = "127.0
 
 
 class Metrics:
-    """What one worker counts, in a registry of its own. Every series that is known beforehand is there from the start.
+    """What one worker counts, in a registry of its own. Counters with known labels are there from the start.
 
     Attributes:
         registry: what `serve` shows; other collectors may be registered with it.

@@ -46,7 +46,7 @@ class Counters:
     """Counters among the metrics that the server shows.
 
     An increment is a round trip to the server, which a request shall not wait for: amounts are gathered, and handed on
-    once a second by a thread.
+    twice a second by a thread.
 
     Args:
         meanings: what each counts, by the name that Prometheus shows.
@@ -80,7 +80,7 @@ class Gathered:
         seconds: between two rounds.
     """
 
-    def __init__(self, hand_on: Callable[[str, int], None], seconds: float = 1.0) -> None:
+    def __init__(self, hand_on: Callable[[str, int], None], seconds: float = 0.5) -> None:
         self._hand_on = hand_on
         self._seconds = seconds
         self._amounts: collections.Counter[str] = collections.Counter()

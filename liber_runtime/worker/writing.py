@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -44,6 +43,10 @@ class WritingLane(Lane):
     def free(self) -> tuple[int, float]:
         """See `Lane.free`."""
         return self._writer.free() if isinstance(self._writer, Paced) else super().free()
+
+    def expired(self) -> None:
+        """See `Lane.expired`."""
+        self.session.worker.metrics.called("failed")
 
     async def claim(self, room: int) -> list[Task]:
         """See `Lane.claim`.
@@ -104,10 +107,6 @@ class WritingLane(Lane):
             away = isinstance(error, WriterAwayError)
             metrics.called("away" if away else "failed")
             return [self.session.failed(task, explain(error), attempted=not away)]
-        except asyncio.CancelledError:
-            if not self.session.closing.is_set():
-                metrics.called("failed")
-            raise
         metrics.called("answered")
         metrics.written(text)
         return [Result(task, text)]
