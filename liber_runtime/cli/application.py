@@ -31,6 +31,12 @@ StoreOption = Annotated[
 TritonOption = Annotated[
     str | None, typer.Option("--triton", help="host:port of Triton's gRPC endpoint. (env var: LIBER_TRITON)")
 ]
+MetricsPortOption = Annotated[
+    int, typer.Option("--metrics-port", help="Serve Prometheus metrics on this port; 0 for none.")
+]
+MetricsHostOption = Annotated[
+    str, typer.Option("--metrics-host", help="Address of --metrics-port; 0.0.0.0 for other machines to reach it.")
+]
 DataOption = Annotated[
     Path | None,
     typer.Option(

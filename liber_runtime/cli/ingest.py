@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from liber_runtime.cli.application import StoreOption, application, opened, output
+from liber_runtime.cli.application import (
+    MetricsHostOption,
+    MetricsPortOption,
+    StoreOption,
+    application,
+    opened,
+    output,
+)
 from liber_runtime.exceptions import InvalidInputError
 from liber_runtime.ingest import NOTHING
 from liber_runtime.memory import Appended, MemoryStore, absolute_url
@@ -61,6 +68,8 @@ def ingest(
     skip_broken: Annotated[
         Path | None, typer.Option(help="Append messages that are no behaviors to this file, and go on.")
     ] = None,
+    metrics_port: MetricsPortOption = 0,
+    metrics_host: MetricsHostOption = "127.0.0.1",
     store: StoreOption = None,
 ) -> None:
     """Append behaviors to the store. Reading the same file again changes nothing, and goes on where it ended."""
@@ -77,6 +86,8 @@ def ingest(
         raise InvalidInputError("--work is for --bulk; add --bulk, or leave --work out")
     if bulk and (from_start or not behaviors):
         raise InvalidInputError("--bulk takes behaviors files and no --from-start; name files, or leave one out")
+    if metrics_port and kafka is None:
+        raise InvalidInputError("--metrics-port is for --kafka: reading files ends by itself; leave it out")
     source = _kafka_source(kafka, topic, group, kafka_config, skip_broken, bool(behaviors))
     # All that is short is read before the store is touched, the logs as far as their first behavior.
     catalogue = (read_domain(domain), read_items(items)) if items is not None and domain is not None else None
@@ -92,7 +103,7 @@ def ingest(
             memory.describe(profiles=profiles)
             output.print(f"{len(profiles)} profiles are kept")
         if source is not None:
-            _follow(memory, source)
+            _follow(memory, source, metrics_port, metrics_host)
         elif bulk:
             _backfill(memory, store or load_settings().store, behaviors or [], work)
         else:
@@ -144,10 +155,14 @@ def _backfill(memory: MemoryStore, url: str, paths: list[str], work: Path | None
         backfill.run(lambda behaviors, done, size: show("gather by user", behaviors, done, size), appended)
 
 
-def _follow(memory: MemoryStore, source: KafkaSource) -> None:
+def _follow(memory: MemoryStore, source: KafkaSource, metrics_port: int, metrics_host: str) -> None:
     """Appends what a topic brings until SIGTERM or Ctrl-C."""
     from liber_runtime.ingest.kafka import KafkaIngest
+    from liber_runtime.metrics import IngestMetrics, serve_registry
 
+    metrics = IngestMetrics()
+    if metrics_port:
+        serve_registry(metrics.registry, metrics_port, metrics_host)
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.append(number))
@@ -155,6 +170,7 @@ def _follow(memory: MemoryStore, source: KafkaSource) -> None:
 
         def tell(total: Appended) -> None:
             count(total)
+            metrics.appended(total)
             show(total.behaviors + total.duplicates, 0)
 
         consumer = KafkaIngest(source, memory, tell, lambda line: console.print(line, soft_wrap=True))

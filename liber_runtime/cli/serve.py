@@ -22,10 +22,14 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(help="0 lets the system choose.")] = 8001,
     http_port: Annotated[int, typer.Option(help="0 lets the system choose.")] = 8000,
-    metrics_port: Annotated[int, typer.Option(help="0 lets the system choose.")] = 8002,
+    metrics_port: Annotated[int, typer.Option(help="Triton's own. 0 lets the system choose.")] = 8002,
+    supervisor_metrics_port: Annotated[
+        int, typer.Option(help="Serve Prometheus metrics of what was restarted on this port; 0 for none.")
+    ] = 0,
     log_file: Annotated[Path, typer.Option(help="Triton's own log.")] = Path("runs/triton.log"),
 ) -> None:
     """Start tritonserver, watch and heal it, until SIGTERM or Ctrl-C."""
+    from liber_runtime.metrics import registry_of, serve_registry
     from liber_runtime.server import TritonServer, run_until_signalled
 
     # Triton's models run elsewhere than here, and a store that is not there is better told of before they load.
@@ -40,6 +44,9 @@ def serve(
         metrics_port=metrics_port,
         environment={"LIBER_STORE": url},
     )
+
+    if supervisor_metrics_port:
+        serve_registry(registry_of(server), supervisor_metrics_port, host)
 
     def announce(ready: TritonServer) -> None:
         output.print(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from liber_runtime.cli.application import (
+    MetricsHostOption,
+    MetricsPortOption,
     StoreOption,
     TritonOption,
     WriterModelOption,
@@ -61,9 +63,8 @@ def worker(
         float,
         typer.Option(min=0.0, help="How long calls in flight are waited for on SIGTERM; later ones are given back."),
     ] = 30.0,
-    metrics_port: Annotated[
-        int, typer.Option(help="Serve Prometheus metrics on this port of 127.0.0.1; 0 for none.")
-    ] = 0,
+    metrics_port: MetricsPortOption = 0,
+    metrics_host: MetricsHostOption = "127.0.0.1",
 ) -> None:
     """Turn pending partitions into texts and vectors until SIGTERM or Ctrl-C.
 
@@ -79,7 +80,7 @@ def worker(
     author = open_writer(chosen)
     metrics = Metrics()
     if metrics_port:
-        metrics.serve(metrics_port)
+        metrics.serve(metrics_port, metrics_host)
     with opened(store) as memory:
         if retry_dead:
             console.print(f"{memory.revive()} steps that were given up are ready again")

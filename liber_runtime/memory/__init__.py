@@ -208,6 +208,9 @@ class Statistics:
         items: in the catalogue.
         partitions: cut.
         pending: steps waiting or claimed, by step.
+        age_seconds: of the oldest of these, by step; 0.0 where there is none. A step's age begins when all that it
+            reads is there, not when its partition is cut: a shift's when the second of its summaries is. Claims,
+            failures and retries leave it alone; it begins anew when the step's inputs change or it is revived.
         dead: steps given up after repeated failures, by step.
         repeated: claims beyond a step's first: the writer calls that may have been repeated.
         vectors: representations kept, by fingerprint.
@@ -219,6 +222,7 @@ class Statistics:
     items: int
     partitions: int
     pending: Mapping[Step, int]
+    age_seconds: Mapping[Step, float]
     dead: Mapping[Step, int]
     repeated: int
     vectors: Mapping[str, int]

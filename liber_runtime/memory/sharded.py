@@ -122,6 +122,7 @@ class ShardedStore:
             items=each[0].items,
             partitions=sum(one.partitions for one in each),
             pending={step: sum(one.pending[step] for one in each) for step in STEPS},
+            age_seconds={step: max(one.age_seconds[step] for one in each) for step in STEPS},
             dead={step: sum(one.dead[step] for one in each) for step in STEPS},
             repeated=sum(one.repeated for one in each),
             vectors=dict(sum((Counter(one.vectors) for one in each), Counter())),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import collections
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -40,24 +42,75 @@ def version_directory(args: Mapping[str, str]) -> Path:
     return Path(args["model_repository"]) / args["model_version"]
 
 
-class Counter:
-    """A counter among the metrics that the server shows; calling it adds to it.
+class Counters:
+    """Counters among the metrics that the server shows.
+
+    An increment is a round trip to the server, which a request shall not wait for: amounts are gathered, and handed on
+    twice a second by a thread.
 
     Args:
-        name: as Prometheus shows it.
-        description: beside it.
+        meanings: what each counts, by the name that Prometheus shows.
     """
 
-    def __init__(self, name: str, description: str) -> None:
+    def __init__(self, meanings: Mapping[str, str]) -> None:
         import triton_python_backend_utils as triton  # exists inside Triton only
 
         # A family that nobody holds takes its metrics with it.
-        self._family = triton.MetricFamily(name=name, description=description, kind=triton.MetricFamily.COUNTER)
-        self._metric = self._family.Metric(labels={})
+        self._families = {
+            name: triton.MetricFamily(name=name, description=meaning, kind=triton.MetricFamily.COUNTER)
+            for name, meaning in meanings.items()
+        }
+        self._metrics = {name: family.Metric(labels={}) for name, family in self._families.items()}
+        self._gathered = Gathered(lambda name, amount: self._metrics[name].increment(amount))
 
-    def __call__(self, amount: int) -> None:
-        """Adds `amount`."""
-        self._metric.increment(amount)
+    def add(self, amounts: Mapping[str, int]) -> None:
+        """Adds to counters, by name."""
+        self._gathered.add(amounts)
+
+    def close(self) -> None:
+        """Hands on what is left."""
+        self._gathered.close()
+
+
+class Gathered:
+    """Amounts by name, gathered by any thread and handed on by one of their own.
+
+    Args:
+        hand_on: takes a name and what came together since it was last called with it.
+        seconds: between two rounds.
+    """
+
+    def __init__(self, hand_on: Callable[[str, int], None], seconds: float = 0.5) -> None:
+        self._hand_on = hand_on
+        self._seconds = seconds
+        self._amounts: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="counters", daemon=True)
+        self._thread.start()
+
+    def add(self, amounts: Mapping[str, int]) -> None:
+        """Adds `amounts`."""
+        with self._lock:
+            for name, amount in amounts.items():
+                self._amounts[name] += amount
+
+    def close(self) -> None:
+        """Hands on what is left and ends the thread."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._seconds):
+            self._hand_all_on()
+        self._hand_all_on()
+
+    def _hand_all_on(self) -> None:
+        with self._lock:
+            amounts, self._amounts = self._amounts, collections.Counter()
+        for name, amount in amounts.items():
+            if amount:
+                self._hand_on(name, amount)
 
 
 def answer(requests: Sequence[Any], model: ServedModel) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,15 @@ from liber_runtime.native import Kernels, load_kernels
 from liber_runtime.served.backend import Outcome, Tensors
 from liber_runtime.settings import Settings, load_settings
 from liber_runtime.vocabulary import Vocabulary
+
+COUNTERS: Mapping[str, str] = {
+    "liber_scored_users_total": "Users of scoring requests, each once in a request.",
+    "liber_unknown_users_total": "Users scored of whom nothing is held.",
+    "liber_scored_candidates_total": "Candidates scored.",
+    "liber_unknown_candidates_total": "Candidates scored that the bundle does not know.",
+    "liber_histories_truncated_total": "Users read of whom more is held than is looked back.",
+}
+"""What `UserMemoryModel` counts, as `liber_runtime.metrics` has it; that is not imported, for it makes loading slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,7 @@ class UserMemoryModel:
         vocabulary: of the bundle.
         manifest: of the bundle.
         settings: the limits of a request.
-        count_truncated: told of how many users of a batch more is held than the bundle looks back.
+        count: told after each batch by how much each of the `COUNTERS` grew.
     """
 
     inputs = ("user_id", "item_id", "user_index")
@@ -58,19 +67,19 @@ class UserMemoryModel:
         vocabulary: Vocabulary,
         manifest: Manifest,
         settings: Settings,
-        count_truncated: Callable[[int], None] | None = None,
+        count: Callable[[Mapping[str, int]], None] | None = None,
     ) -> None:
         self._store = store
         self._vocabulary = vocabulary
         self._manifest = manifest
         self._settings = settings
-        self._count_truncated = count_truncated or (lambda users: None)
+        self._count = count or (lambda amounts: None)
         kernels = load_kernels(settings.kernels, threads=1)
         self._mapped = _CompiledMapping(vocabulary, kernels) if kernels else _Mapping(vocabulary)
         self._nothing = np.zeros((1, manifest.dimension), dtype=np.float32)
 
     @classmethod
-    def load(cls, directory: Path, count_truncated: Callable[[int], None] | None = None) -> UserMemoryModel:
+    def load(cls, directory: Path, count: Callable[[Mapping[str, int]], None]) -> UserMemoryModel:
         """Reads the bundle's part in `directory` and opens the store that ``LIBER_STORE`` names."""
         settings = load_settings()
         model = cls(
@@ -78,7 +87,7 @@ class UserMemoryModel:
             Vocabulary.load(directory / VOCABULARY),
             Manifest.load(directory),
             settings,
-            count_truncated,
+            count,
         )
         model.warm_up()
         return model
@@ -87,7 +96,7 @@ class UserMemoryModel:
         """Asks for nobody, so that the first request finds the store opened and the vocabulary sorted in."""
         nobody = np.array([[b"nobody"]], dtype=np.object_)
         # A store that does not answer yet is no reason not to load.
-        self.run([{"user_id": nobody, "item_id": nobody, "user_index": np.zeros((1, 1), dtype=np.int32)}])
+        self._answer([{"user_id": nobody, "item_id": nobody, "user_index": np.zeros((1, 1), dtype=np.int32)}])
 
     def close(self) -> None:
         """Closes the store."""
@@ -95,6 +104,22 @@ class UserMemoryModel:
 
     def run(self, batch: Sequence[Tensors]) -> list[Outcome]:
         """See `ServedModel.run`."""
+        outcomes, truncated = self._answer(batch)
+        known = [(each["user_known"], each["item_known"]) for each in outcomes if isinstance(each, dict)]
+        users, candidates = sum(each.size for each, _ in known), sum(each.size for _, each in known)
+        self._count(
+            {
+                "liber_scored_users_total": users,
+                "liber_unknown_users_total": users - sum(np.count_nonzero(each) for each, _ in known),
+                "liber_scored_candidates_total": candidates,
+                "liber_unknown_candidates_total": candidates - sum(np.count_nonzero(each) for _, each in known),
+                "liber_histories_truncated_total": truncated,
+            }
+        )
+        return outcomes
+
+    def _answer(self, batch: Sequence[Tensors]) -> tuple[list[Outcome], int]:
+        """The outcomes, and of how many users more is held than is looked back."""
         checked: list[FoldedRequest | LiberError] = []
         for tensors in batch:
             try:
@@ -103,20 +128,18 @@ class UserMemoryModel:
                 checked.append(error)
         wanted = list(dict.fromkeys(user for each in checked if isinstance(each, FoldedRequest) for user in each.users))
         try:
-            memories = self._read(wanted)
+            memories, truncated = self._read(wanted)
         except StoreError as error:
-            return [each if isinstance(each, LiberError) else error for each in checked]
-        return [each if isinstance(each, LiberError) else self._outcome(each, memories) for each in checked]
+            return [each if isinstance(each, LiberError) else error for each in checked], 0
+        return [each if isinstance(each, LiberError) else self._outcome(each, memories) for each in checked], truncated
 
-    def _read(self, users: list[str]) -> dict[str, UserMemory | None]:
+    def _read(self, users: list[str]) -> tuple[dict[str, UserMemory | None], int]:
         manifest = self._manifest
         partitions = manifest.max_partitions if manifest.fused else 0
         # One behavior more than is looked back to tells a history that is longer.
         read = self._store.read(users, manifest.lookback + 1, partitions, manifest.fingerprint)
         truncated = sum(memory is not None and len(memory.history) > manifest.lookback for memory in read)
-        if truncated:
-            self._count_truncated(truncated)
-        return dict(zip(users, read, strict=True))
+        return dict(zip(users, read, strict=True)), truncated
 
     def _outcome(self, request: FoldedRequest, memories: dict[str, UserMemory | None]) -> Outcome:
         held = [memories[user] for user in request.users]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -79,12 +80,14 @@ class EncodingLane(Lane):
             yield batch, partial(self._encode, batch)
 
     async def _encode(self, tasks: Sequence[Task]) -> list[Result]:
+        started = time.perf_counter()
         try:
             encoded = await self._encoder.encode([(task.summary, task.shift) for task in tasks])
             vectors = checked_vectors(encoded.vectors, len(tasks))
         except Exception as error:
             attempted = not (isinstance(error, ScoringError) and error.status in _FREE_OF_CHARGE)
             return [self.session.failed(task, explain(error), attempted) for task in tasks]
+        self.session.worker.metrics.encoded(time.perf_counter() - started)
         self._fingerprint = encoded.fingerprint
         return [
             Result(task, Representation(vector, encoded.fingerprint))

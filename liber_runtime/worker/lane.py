@@ -97,6 +97,9 @@ class Lane:
         """How many steps may be claimed as far as the callee is concerned, and seconds to wait where none may."""
         return self._most_claims, 0.0
 
+    def expired(self) -> None:
+        """Told of a call that was ended because it took too long."""
+
     # -- the loop ------------------------------------------------------------------------------------------------
 
     async def work(self) -> None:
@@ -191,6 +194,7 @@ class Lane:
 
     def _expire(self, call: _Call) -> None:
         self._end(call)
+        self.expired()
         error = f"no answer within {self.session.worker.call_seconds:g} s; allow more if calls take that long"
         late = [self.session.failed(task, error) for task in call.tasks]
         self._answers += late

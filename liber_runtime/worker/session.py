@@ -215,9 +215,12 @@ class Session:
         read, written = prompt_tokens or 0, response_tokens or 0
         self.counts["prompt_tokens"] += read
         self.counts["response_tokens"] += written
+        self.worker.metrics.paid(read, written)
         price = self.worker.price
         if price is not None:
-            self.cost += price.of(read, written)
+            cost = price.of(read, written)
+            self.cost += cost
+            self.worker.metrics.spent(price.currency, cost)
 
     def failed_to_reach(self, error: str) -> None:
         """Counts a failure that is of no step."""
@@ -282,7 +285,7 @@ class Session:
             self.error = str(error)
             return
         self.pending = statistics.pending
-        self.worker.metrics.queue(statistics)
+        self.worker.metrics.observed(statistics)
 
     async def _has_ended(self, seconds: float) -> bool:
         try:

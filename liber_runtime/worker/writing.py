@@ -16,6 +16,7 @@ from liber_runtime.exceptions import (
 )
 from liber_runtime.interest import PartitionPrompt
 from liber_runtime.memory import Result, Step, Task
+from liber_runtime.metrics import Outcome
 from liber_runtime.worker.answers import checked_text, prompt_of
 from liber_runtime.worker.lane import OBSERVE_SECONDS, Job, Lane, explain
 from liber_runtime.writers import Paced, Writer
@@ -48,6 +49,10 @@ class WritingLane(Lane):
     def free(self) -> tuple[int, float]:
         """See `Lane.free`."""
         return self._writer.free() if isinstance(self._writer, Paced) else super().free()
+
+    def expired(self) -> None:
+        """See `Lane.expired`."""
+        self.session.worker.metrics.called("failed")
 
     async def claim(self, room: int) -> list[Task]:
         """See `Lane.claim`.
@@ -106,9 +111,11 @@ class WritingLane(Lane):
         except Exception as error:
             if isinstance(error, UnusableAnswerError):
                 session.paid(error.prompt_tokens, error.response_tokens)
+            session.worker.metrics.called(_outcome(error))
             # Unless the writer is sure that nobody was called, a call may have been paid for, so it counts.
             away, refused = isinstance(error, WriterAwayError), isinstance(error, PromptRefusedError)
             return [session.failed(task, explain(error), attempted=not away, hopeless=refused)]
+        session.worker.metrics.called("answered")
         session.worker.metrics.written(text)
         return [Result(task, text)]
 
@@ -127,3 +134,9 @@ class WritingLane(Lane):
             made_at=time.time(),
             note=completion.note,
         )
+
+
+def _outcome(error: Exception) -> Outcome:
+    if isinstance(error, WriterAwayError):
+        return "away"
+    return "unusable" if isinstance(error, UnusableAnswerError) else "failed"

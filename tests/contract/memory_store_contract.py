@@ -68,6 +68,12 @@ class Engine(Protocol):
     def fresh(self) -> Engine:
         """Another place, empty."""
 
+    def now(self) -> float:
+        """By the clock that steps age by, in seconds; steps may be taken for up to two milliseconds older."""
+
+    def let_age(self) -> float:
+        """Lets steps grow older; returns by how many seconds at least."""
+
 
 def behavior(user: str, number: int, feedback: float = 4.0) -> Behavior:
     return Behavior(user, f"item-{number % 7}", feedback, 1e9 + number, f"event-{number}")
@@ -518,6 +524,7 @@ class MemoryMachine(RuleBasedStateMachine):
         assert statistics.pending == {step: waiting[step] for step in STEPS}
         dead = Counter(step for _, _, step, _ in self.model.dead)
         assert statistics.dead == {step: dead[step] for step in STEPS}
+        assert not any(age for step, age in statistics.age_seconds.items() if not waiting[step])
         assert statistics.vectors == Counter(fingerprint for _, _, fingerprint in self.model.vectors)
         assert statistics.encodings == self.model.wanted
 
@@ -1024,6 +1031,51 @@ class MemoryStoreContract:
         assert store.dead() == []
         assert {task.attempts for task in store.claim(["summary"], 9, 60.0)} == {1}
         assert store.revive() == 0
+
+    def test_a_step_ages_from_when_it_became_ready_until_it_is_made(self, engine: Engine) -> None:
+        store = engine.open(Count(5))
+
+        def age(step: Step) -> float:
+            return store.statistics().age_seconds[step]
+
+        def since(moment: float) -> float:
+            return engine.now() - moment + 0.002
+
+        assert store.statistics().age_seconds == dict.fromkeys(STEPS, 0.0)
+        first = engine.now()
+        store.append(run("ann", 10))
+        passed = engine.let_age()
+        second = engine.now()
+        store.append(run("bo", 5))
+        passed += engine.let_age()
+        assert passed <= age("summary") <= since(first)
+        # Neither a claim nor a failure makes a step younger.
+        tasks = store.claim(["summary"], 3, 0.0)
+        assert passed <= age("summary") <= since(first)
+        give_back(store, tasks, "later", 60.0)
+        assert passed <= age("summary") <= since(first)
+        engine.clock.now += 60.0
+        made = engine.now()
+        store.commit([make(task) for task in store.claim(["summary"], 3, 60.0) if task.user_id == "ann"])
+        assert 0.0 < age("summary") <= since(second)
+        # The shift and the vector became ready only now, long after their partitions were cut.
+        passed = engine.let_age()
+        assert all(passed <= age(step) <= since(made) for step in ("shift", "representation"))
+        engine.clock.now += 60.0
+        give_back(store, store.claim(["summary"], 3, 60.0), "the writer says no", None)
+        assert age("summary") == 0.0
+        revived = engine.now()
+        store.revive()
+        passed = engine.let_age()
+        assert passed <= age("summary") <= since(revived)
+        rewritten = engine.now()
+        store.rewrite(user_ids=["ann"])
+        passed = engine.let_age()
+        store.forget("bo")
+        assert passed <= age("summary") <= since(rewritten)
+        assert age("shift") == age("representation") == 0.0
+        store.forget("ann")
+        assert store.statistics().age_seconds == dict.fromkeys(STEPS, 0.0)
 
     def test_a_renewed_claim_is_not_taken_over(self, engine: Engine) -> None:
         store = engine.open(Count(5))

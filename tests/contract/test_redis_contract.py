@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -30,6 +31,14 @@ class RedisEngine:
 
     def fresh(self) -> RedisEngine:
         return RedisEngine(self._address, self._opened)
+
+    def now(self) -> float:
+        """Steps age by the servers' clock, which is this machine's."""
+        return time.time()
+
+    def let_age(self) -> float:
+        time.sleep(0.02)
+        return 0.018
 
 
 def engine_on(address: str) -> Iterator[Engine]:

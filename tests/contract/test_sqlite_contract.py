@@ -28,6 +28,13 @@ class SQLiteEngine:
     def fresh(self) -> SQLiteEngine:
         return SQLiteEngine(self._folder, self._numbers, self._opened)
 
+    def now(self) -> float:
+        return self.clock()
+
+    def let_age(self) -> float:
+        self.clock.now += 10.0
+        return 10.0
+
 
 class ShardedEngine(SQLiteEngine):
     """Three files; the clock is the tests', which a URL cannot give."""

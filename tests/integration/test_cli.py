@@ -12,6 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from conftest import share_encoder
 
 from builders.datasets import Dataset, sample
 from liber_runtime.cli import application
+from liber_runtime.server.process import find_ports
 
 PATIENCE_SECONDS = 120
 
@@ -78,6 +81,13 @@ def refused(*arguments: object, directory: Path, given: str = "", **settings: st
     return lines[-1]
 
 
+def scrape(address: str) -> dict[str, float]:
+    """The samples that a process shows to Prometheus at `host:port`."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=PATIENCE_SECONDS) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if line[0] != "#"]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """Own data in ``data``, a store, a bundle in a repository, and a server on both: all in one directory."""
@@ -86,6 +96,7 @@ class World:
     dataset: Dataset
     built: str
     ready: str
+    supervisor: str
 
     @property
     def triton(self) -> str:
@@ -147,8 +158,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, exported_en
     dataset = write_data(directory / "data")
     share_encoder(exported_encoder, directory / "build" / "knowledge")
     built = done(*BUILD, "--encoder", tiny_bert, directory=directory)
-    with serving(directory, "--repository", "models", "--store", "sqlite:///memory.db") as (_, ready):
-        yield World(directory, dataset, built, ready)
+    ports = find_ports("127.0.0.1", {"supervisor": 0})
+    place = ("--repository", "models", "--store", "sqlite:///memory.db")
+    with serving(directory, *place, "--supervisor-metrics-port", ports["supervisor"]) as (_, ready):
+        yield World(directory, dataset, built, ready, f"127.0.0.1:{ports['supervisor']}")
 
 
 @pytest.fixture
@@ -298,16 +311,31 @@ class TestServe:
         assert (tmp_path / "triton.log").stat().st_size
 
     def test_a_worker_that_waits_for_work_is_ended_by_sigterm(self, world: World) -> None:
-        arguments = command("worker", "--store", world.store, "--triton", world.triton)
+        port = find_ports("127.0.0.2", {"metrics": 0})["metrics"]
+        place = ("--store", world.store, "--triton", world.triton)
+        arguments = command("worker", *place, "--metrics-port", port, "--metrics-host", "127.0.0.2")
         with subprocess.Popen(
             arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
             assert process.stderr is not None
             assert process.stderr.readline() == "waiting for work; SIGTERM or Ctrl-C ends it\n"
+            age = 'liber_queue_age_seconds{step="summary"}'
+            while age not in (shown := scrape(f"127.0.0.2:{port}")):
+                assert process.poll() is None
+                time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
             printed, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0
         assert json.loads(printed)["dead"] == 0
+        assert shown["liber_items"] == len(world.dataset.items)
+        assert shown[age] == 0
+
+    def test_what_was_restarted_is_shown_by_who_restarts_it(self, world: World) -> None:
+        assert scrape(world.supervisor) == {
+            "liber_server_up": 1,
+            "liber_server_restarts_total": 0,
+            "liber_stub_restarts_total": 0,
+        }
 
     @pytest.mark.parametrize("service", ["grpc", "http", "metrics"])
     def test_a_port_in_use(self, world: World, busy_port: int, service: str) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from liber_runtime.behavior import Behavior
 from liber_runtime.exceptions import ConfigurationError, IngestError, InvalidInputError, StoreError
 from liber_runtime.ingest.kafka import KafkaIngest, KafkaSource, read_settings
 from liber_runtime.memory import Appended, Mark, MemoryStore, open_store
+from liber_runtime.server.process import find_ports
 
 PATIENCE_SECONDS = 60
 FAST = {"heartbeat.interval.ms": "100", "session.timeout.ms": "6000", "fetch.wait.max.ms": "20"}
@@ -108,11 +110,14 @@ main()
 """
 
 
-def consumer(cluster: Cluster, topic: str, url: str, directory: Path, how: str = "live") -> subprocess.Popen[str]:
+def consumer(
+    cluster: Cluster, topic: str, url: str, directory: Path, how: str = "live", metrics_port: int = 0
+) -> subprocess.Popen[str]:
     """`liber ingest --kafka` in a process of its own."""
     config = directory / "kafka.properties"
     config.write_text("# fast\n" + "".join(f"{name} = {value}\n" for name, value in FAST.items()))
     arguments = ["--kafka", cluster.brokers, "--topic", topic, "--group", "readers", "--kafka-config", str(config)]
+    arguments += ["--metrics-port", str(metrics_port)]
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, how, "ingest", *arguments, "--store", url],
         env={**os.environ, "COLUMNS": "200"},
@@ -120,6 +125,13 @@ def consumer(cluster: Cluster, topic: str, url: str, directory: Path, how: str =
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def scrape(port: int) -> tuple[float, float]:
+    """What a consumer says that it has appended, and that was there already."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_SECONDS) as answer:
+        shown = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines())
+    return float(shown["liber_ingested_behaviors_total"]), float(shown["liber_ingest_duplicates_total"])
 
 
 @contextlib.contextmanager
@@ -143,10 +155,15 @@ def test_a_consumer_killed_between_append_and_commit_loses_and_repeats_nothing(
     kept = store.statistics().behaviors
     assert kept > 0
     cluster.send("killed", more := messages(100, start=300))
-    with killed_at_last(consumer(cluster, "killed", url, tmp_path)) as living:
+    port = find_ports("127.0.0.1", {"metrics": 0})["metrics"]
+    with killed_at_last(consumer(cluster, "killed", url, tmp_path, metrics_port=port)) as living:
         finished = until(lambda: store.statistics().behaviors >= 400)
         while not finished():
             time.sleep(0.02)
+        counted = until(lambda: scrape(port) == (400 - kept, kept))
+        while not counted():
+            time.sleep(0.02)
+        assert scrape(port) == (400 - kept, kept)
         living.terminate()
         printed, told = living.communicate(timeout=PATIENCE_SECONDS)
     assert living.returncode == 0, told

@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc
-from conftest import Built, Running, predict_offline
+from conftest import Built, Running, await_true, predict_offline
+from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
 from builders.repository import BUNDLE_ENSEMBLES
 from liber_runtime.behavior import Behavior
 from liber_runtime.exceptions import InvalidInputError, ScoringError
 from liber_runtime.memory import MemoryStore
+from liber_runtime.metrics import CATALOGUE
 from liber_runtime.model_control import load_models
 from liber_runtime.scoring import AsyncScoringClient, ScoringClient
+from liber_runtime.served.user_memory import COUNTERS
 from liber_runtime.settings import Settings
 
 
@@ -105,15 +108,23 @@ class TestAnswers:
         lookback, items = built.manifest.lookback, items_of(built)
         older = [Behavior(fresh_user, items[n % 7], 1.0, 1e9 + n) for n in range(3)]
         newer = [Behavior(fresh_user, items[n % 7], 1.0 + n % 5, 1.1e9 + n) for n in range(lookback)]
-        before = _truncated(running)
+        before = _counted(running, client)
         store.append([*older, *newer])
         longer = client.score(fresh_user, items).probability
-        assert _truncated(running) == before + 1
         store.forget(fresh_user)
         store.append(newer)
         np.testing.assert_allclose(client.score(fresh_user, items).probability, longer, atol=1e-6)
-        assert _truncated(running) == before + 1
         store.forget(fresh_user)
+        client.score(fresh_user, [items[0], "unheard of"])
+        after = _counted(running, client)
+        # What `_counted` asks itself is 2 unknown users with NOISE unknown candidates each.
+        assert {name: after[name] - before[name] for name in COUNTERS} == {
+            "liber_scored_users_total": 3 + 2,
+            "liber_unknown_users_total": 1 + 2,
+            "liber_scored_candidates_total": 2 * len(items) + 2 + 2 * NOISE,
+            "liber_unknown_candidates_total": 1 + 2 * NOISE,
+            "liber_histories_truncated_total": 1,
+        }
 
     def test_ids_of_any_script_travel(self, client: ScoringClient) -> None:
         scores = client.score("пользователь-7 ✓", ["映画", "película"])
@@ -263,10 +274,47 @@ def test_both_ensembles_are_served(running: Running) -> None:
     raw.close()
 
 
-def _truncated(running: Running) -> float:
+def test_tritons_port_shows_what_the_catalogue_says(running: Running, client: ScoringClient, built: Built) -> None:
+    client.score(users_of(built)[0], items_of(built))
+    families = {each.name: each for each in text_string_to_metric_families(_scrape(running))}
+    for metric in CATALOGUE:
+        if metric.process == "Triton":
+            family = families[metric.name.removesuffix("_total")]
+            assert (family.type, family.documentation) == (metric.type, metric.meaning)
+            assert {name for sample in family.samples for name in sample.labels} == set(metric.labels)
+    quantiles = {
+        (sample.labels["model"], sample.labels["quantile"]): sample.value
+        for sample in families["nv_inference_request_summary_us"].samples
+        if "quantile" in sample.labels
+    }
+    assert {quantile for _, quantile in quantiles} == {"0.5", "0.9", "0.95", "0.99", "0.999"}
+    assert 0 < quantiles["user_memory", "0.5"] <= quantiles["liber_score", "0.5"] <= quantiles["liber_score", "0.99"]
+
+
+NOISE = 3_000
+
+
+def _scrape(running: Running) -> str:
     with urllib.request.urlopen(running.server.metrics_url, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("liber_histories_truncated_total"))
+        text: str = answer.read().decode()
+    return text
+
+
+def _counted(running: Running, client: ScoringClient) -> dict[str, float]:
+    """What the models have counted up to now; they hand it on later, so something is asked that is seen to arrive.
+
+    The first question arrives after or with all that was asked before; the second after all of that has arrived.
+    """
+
+    def shown() -> dict[str, float]:
+        lines = [line.split() for line in _scrape(running).splitlines() if line.startswith("liber_")]
+        return {line[0]: float(line[-1]) for line in lines}
+
+    for _ in range(2):
+        before = shown()["liber_unknown_candidates_total"]
+        client.score("nobody", [f"nothing {number}" for number in range(NOISE)])
+        await_true(lambda before=before: shown()["liber_unknown_candidates_total"] >= before + NOISE)  # type: ignore[misc]
+    return shown()
 
 
 def _statistics(url: str, model: str) -> Any:

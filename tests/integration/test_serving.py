@@ -34,6 +34,7 @@ from liber_runtime.behavior import Behavior
 from liber_runtime.bundle import BACKBONE, ENCODER, PARTS, VOCABULARY
 from liber_runtime.exceptions import ConfigurationError, ScoringError
 from liber_runtime.memory import MemoryStore
+from liber_runtime.metrics import registry_of
 from liber_runtime.representation import Encoded, TritonEncoder
 from liber_runtime.scoring import ScoringClient
 from liber_runtime.server import TritonServer
@@ -269,6 +270,9 @@ def test_a_model_whose_process_is_killed_comes_back_by_itself(
     await_true(lambda: own.server.stub_restarts > restarts and is_served())
     assert own.server.stub_restarts == restarts + 1
     assert own.server.server_restarts == 0
+    shown = registry_of(own.server)
+    assert shown.get_sample_value("liber_stub_restarts_total") == restarts + 1
+    assert shown.get_sample_value("liber_server_up") == 1
 
 
 class TestLearning:

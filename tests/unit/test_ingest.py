@@ -350,6 +350,7 @@ StoreFile.__init__ = open_read_only
     ("arguments", "named"),
     [
         (("log.csv", "--work", "w"), "--work is for --bulk"),
+        (("log.csv", "--metrics-port", "9100"), "--metrics-port is for --kafka"),
         (("--bulk",), "there is nothing to ingest"),
         (("log.csv", "--bulk", "--from-start"), "no --from-start"),
         (("--kafka", "h:1"), "--kafka needs --topic"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from liber_runtime.exceptions import ConfigurationError, InvalidInputError, Stor
 from liber_runtime.memory import MemoryStore, open_store
 from liber_runtime.memory.sqlite import SQLiteStore
 from liber_runtime.representation import Encoded
+from liber_runtime.served.backend import Gathered
 from liber_runtime.served.encoding import EncoderModel, ProjectionModel, TokenizerModel
 from liber_runtime.served.folding import USERS_TOGETHER, AttentionFuserModel, BackboneModel
 from liber_runtime.served.session import OnnxSession
@@ -250,13 +253,55 @@ def test_a_user_with_an_unusable_vector_is_named_and_not_scored(
 
 
 def test_users_of_whom_more_is_held_than_is_looked_back_are_counted(encoded: MemoryStore) -> None:
-    counted: list[int] = []
+    counted: Counter[str] = Counter()
     for lookback, more in ((T, 2), (105, 0), (104, 1)):
         encoded.append([Behavior("other", f"i{n}", 3.0, float(n)) for n in range(T + 1)])
-        model = UserMemoryModel(encoded, VOCABULARY, manifest(lookback=lookback), Settings(), counted.append)
+        model = UserMemoryModel(encoded, VOCABULARY, manifest(lookback=lookback), Settings(), counted.update)
         model.run([request([b"long", b"short"], [b"i3"], [0]), request([b"other", b"long", b"nobody"], [b"i3"], [0])])
-        assert sum(counted) == more
+        assert counted["liber_histories_truncated_total"] == more
         counted.clear()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "none"])
+def test_users_and_candidates_are_counted_and_those_not_known(encoded: MemoryStore, kernels: str) -> None:
+    counted: Counter[str] = Counter()
+    model = UserMemoryModel(encoded, VOCABULARY, manifest(), Settings(kernels=kernels), counted.update)
+    model.warm_up()
+    assert not counted
+    refused = request([b"long"], [b"i3"], [1])
+    model.run(
+        [
+            request([b"long", b"nobody"], [b"i3", b"new", b"i4"], [0, 1, 0]),
+            refused,
+            request([b"nobody", b"long", b"short"], [b"new"], [2]),
+        ]
+    )
+    assert counted == {
+        "liber_scored_users_total": 5,
+        "liber_unknown_users_total": 2,
+        "liber_scored_candidates_total": 4,
+        "liber_unknown_candidates_total": 2,
+        "liber_histories_truncated_total": 1,
+    }
+
+
+def test_amounts_are_handed_on_together_and_the_last_at_the_end() -> None:
+    handed: list[tuple[str, int]] = []
+    gathered = Gathered(lambda name, amount: handed.append((name, amount)), seconds=0.001)
+    threads = [threading.Thread(target=lambda: [gathered.add({"a": 1, "b": 0}) for _ in range(500)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gathered.close()
+    assert sum(amount for name, amount in handed if name == "a") == 2000
+    assert {name for name, _ in handed} == {"a"}
+    late: list[tuple[str, int]] = []
+    patient = Gathered(lambda name, amount: late.append((name, amount)), seconds=3600.0)
+    patient.add({"a": 2})
+    patient.add({"a": 3})
+    patient.close()
+    assert late == [("a", 5)]
 
 
 @pytest.mark.parametrize(

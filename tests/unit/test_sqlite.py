@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from liber_runtime.behavior import Behavior, Text
+from liber_runtime.behavior import Behavior, Item, Text
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError, StoreError
 from liber_runtime.memory import STEPS, Appended, Forgotten, Representation, Result, open_store
 from liber_runtime.memory.packing import pack
@@ -84,7 +84,9 @@ def test_a_newer_version_is_refused_untouched(path: Path) -> None:
         db.execute("PRAGMA user_version = 99")
     db.close()
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"schema version 99, this liber-runtime knows up to 3; upgrade liber-runtime"):
+    with pytest.raises(
+        StoreError, match=r"schema version 99, this liber-runtime knows up to \d+; upgrade liber-runtime"
+    ):
         SQLiteStore(str(path))
     assert path.read_bytes() == before
 
@@ -207,6 +209,8 @@ def test_a_store_of_the_first_schema_is_brought_up_to_date(path: Path) -> None:
         db.execute("INSERT INTO texts VALUES (1, 1, 'summary', 'text', 'w', 'v', NULL, NULL, 0.1, 5.0)")
         db.execute("INSERT INTO representations VALUES (1, 1, ?, 'old')", (np.ones(4, "<f4").tobytes(),))
         db.execute("INSERT INTO steps (user, number, step, due) VALUES (1, 1, 'representation', 0)")
+        db.execute("INSERT INTO steps (user, number, step, due) VALUES (1, 1, 'summary', NULL)")
+        db.execute("INSERT INTO items VALUES ('film', 'Film', '{}')")
         db.execute("UPDATE counters SET value = 1 WHERE name IN ('users', 'partitions')")
         db.execute("UPDATE counters SET value = 7 WHERE name = 'behaviors'")
     db.close()
@@ -218,7 +222,15 @@ def test_a_store_of_the_first_schema_is_brought_up_to_date(path: Path) -> None:
     assert memory is not None
     assert memory.representations.tolist() == [[1.0] * 4]
     assert store.append(behaviors) == Appended(0, 7, 0)
-    assert store.statistics().vectors == {"old": 1}
+    statistics = store.statistics()
+    assert (statistics.vectors, statistics.items) == ({"old": 1}, 1)
+    assert (statistics.pending, statistics.dead) == (
+        {"summary": 0, "shift": 0, "representation": 1},
+        {"summary": 1, "shift": 0, "representation": 0},
+    )
+    assert statistics.age_seconds["representation"] > 1e9
+    store.describe(items=[Item("film", "Film"), Item("other", "Other")])
+    assert store.statistics().items == 2
     assert [task.step for task in store.claim(STEPS, 9, 60.0)] == ["representation"]
     assert store.forget("ann") == Forgotten(7, 1)
     assert store.statistics().users == 0

@@ -211,8 +211,10 @@ async def test_an_unusable_vector_is_a_failure(store: SQLiteStore, shape: tuple[
 async def test_a_call_that_takes_too_long_is_given_up(store: SQLiteStore) -> None:
     store.append(behaviors("ann", 3))
     seen: list[WorkerProgress] = []
-    report = await worker(store, EchoWriter(seconds=60), None, call_seconds=0.1, max_attempts=1).drain(seen.append)
+    hands = worker(store, EchoWriter(seconds=60), None, call_seconds=0.1, max_attempts=1)
+    report = await hands.drain(seen.append)
     assert counts(report) == (0, 0, 0, 1, 1, 0)
+    assert hands.metrics.registry.get_sample_value("liber_writer_calls_total", {"outcome": "failed"}) == 1
     assert seen[-1].error.startswith("no answer within 0.1 s")
 
 
@@ -345,9 +347,14 @@ async def test_metrics_tell_what_was_done(store: SQLiteStore) -> None:
         'liber_queue_steps{step="representation"}': 0,
         'liber_dead_steps{step="shift"}': 0,
         'liber_writer_seconds_count{kind="summary"}': 2,
+        'liber_writer_calls_total{outcome="answered"}': 3,
+        'liber_writer_calls_total{outcome="failed"}': 1,
+        "liber_encode_seconds_count": 1,
+        "liber_partitions": 2,
+        'liber_queue_age_seconds{step="shift"}': 0,
     }
     assert {name: float(shown[name]) for name in expected} == expected
-    with pytest.raises(ConfigurationError, match=f"metrics port {port}"):
+    with pytest.raises(ConfigurationError, match=f"port {port}: .* in use; choose"):
         Metrics().serve(port)
 
 

@@ -21,6 +21,7 @@ from liber_runtime.exceptions import InvalidInputError, LiberError, ScoringError
 from liber_runtime.interest import Prompt
 from liber_runtime.memory import Committed, Failure, Result, Statistics, Step, Task
 from liber_runtime.memory.sqlite import SQLiteStore
+from liber_runtime.metrics import OUTCOMES
 from liber_runtime.partition import Count
 from liber_runtime.representation import Encoded
 from liber_runtime.worker import Worker
@@ -128,6 +129,13 @@ def fill(store: SQLiteStore, users: int, partitions: int = 1) -> None:
     store.append(
         [Behavior(f"u{u}", "item-0", 4.0, 1e9 + n, str(n)) for u in range(users) for n in range(3 * partitions)]
     )
+
+
+def calls(hands: Worker) -> dict[str, float]:
+    """The writer's calls by outcome."""
+    ask = hands.metrics.registry.get_sample_value
+    shown = {outcome: ask("liber_writer_calls_total", {"outcome": outcome}) for outcome in OUTCOMES}
+    return {outcome: count for outcome, count in shown.items() if count}
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -246,7 +254,8 @@ async def test_a_writer_that_was_certainly_not_called_costs_no_attempt(store: Wa
 
     fill(store, 3)
     with pytest.raises(LiberError, match="connection refused"):
-        await Worker(store, Away(), None, max_attempts=3, **FAST).drain()
+        await (hands := Worker(store, Away(), None, max_attempts=3, **FAST)).drain()
+    assert calls(hands) == {"away": 9.0}
     statistics = store.statistics()
     assert (statistics.pending["summary"], statistics.dead["summary"]) == (3, 0)
     assert [task.attempts for task in store.claim(["summary"], 9, 60.0)] == [1, 1, 1]

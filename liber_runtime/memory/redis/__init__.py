@@ -275,20 +275,23 @@ class RedisStore(RedisQueue):
                 Call(self._keys.slots[bucket], ("HGETALL", self._keys.bucket(bucket))) for bucket in self._keys.buckets
             ]
             calls.append(Call(self._catalogue.slot, ("HLEN", self._catalogue.items)))
-            *buckets, items = self._servers.run(calls)
+            *replies, items = self._servers.run(calls)
+            buckets = [dict(zip(reply[::2], reply[1::2], strict=True)) for reply in replies]
             totals: dict[str, int] = {}
-            for reply in buckets:
-                for name, value in zip(reply[::2], reply[1::2], strict=True):
+            for held in buckets:
+                for name, value in held.items():
                     if name not in (b"wanted", b"known", b"generation"):
                         totals[name.decode()] = totals.get(name.decode(), 0) + int(value)
             vectors = {name[8:]: count for name, count in totals.items() if name.startswith("vectors ") and count}
             wanted = self._setting("wanted") or b""
+            ages = self._ages(buckets)
         return Statistics(
             users=totals.get("users", 0),
             behaviors=totals.get("behaviors", 0),
             items=items,
             partitions=totals.get("partitions", 0),
             pending={step: totals.get(f"pending {step}", 0) for step in STEPS},
+            age_seconds=ages,
             dead={step: totals.get(f"dead {step}", 0) for step in STEPS},
             repeated=totals.get("repeated", 0),
             vectors=vectors,

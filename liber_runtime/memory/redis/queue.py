@@ -159,6 +159,34 @@ class RedisQueue(Connected):
             kept = sum(replies)
             return Committed(kept, len(results) - kept)
 
+    def _ages(self, buckets: Sequence[Mapping[bytes, bytes]]) -> dict[Step, float]:
+        """Seconds since the oldest step of each kind was queued, by the servers' clock; 0.0 where there is none.
+
+        The first entry of a stream is its oldest, claimed or not, and its id begins with the time it came. So this is
+        one look at each stream that holds anything, however long they are.
+
+        Args:
+            buckets: the counters and settings of each bucket.
+        """
+        calls = [Call(self._catalogue.slot, ("TIME",))]
+        steps: list[Step] = []
+        for bucket, held in zip(self._keys.buckets, buckets, strict=True):
+            known = held.get(b"known", b"").decode().split("\n")
+            for step in STEPS:
+                if int(held.get(f"pending {step}".encode(), 0)) <= 0:
+                    continue
+                for fingerprint in {"", *known} if step == "representation" else ("",):
+                    queue = self._keys.queue(bucket, step, fingerprint)
+                    calls.append(Call(self._keys.slots[bucket], ("XRANGE", queue, "-", "+", "COUNT", 1)))
+                    steps.append(step)
+        ages: dict[Step, float] = dict.fromkeys(STEPS, 0.0)
+        (seconds, microseconds), *oldest = self._servers.run(calls)
+        for step, entries in zip(steps, oldest, strict=True):
+            for entry, _ in entries:
+                age = int(seconds) + int(microseconds) / 1e6 - int(entry.partition(b"-")[0]) / 1e3
+                ages[step] = max(ages[step], age)
+        return ages
+
     # -- the dead ------------------------------------------------------------------------------------------------
 
     def dead(self, limit: int = 1000) -> list[DeadStep]:

@@ -136,7 +136,11 @@ class SQLiteStore(SQLiteQueue):
             if domain is not None:
                 text = dump_attributes(dataclasses.asdict(domain))
                 db.execute("INSERT OR REPLACE INTO settings VALUES ('domain', ?)", (text,))
-            db.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", catalogue)
+            db.executemany(
+                "INSERT INTO items VALUES (?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET title = excluded.title, attributes = excluded.attributes",
+                catalogue,
+            )
             db.executemany(
                 "INSERT INTO users (user_id, profile) VALUES (?, ?)"
                 " ON CONFLICT (user_id) DO UPDATE SET profile = excluded.profile",
@@ -204,12 +208,12 @@ class SQLiteStore(SQLiteQueue):
                 partitions += ((user, number + at, *cut) for at, cut in enumerate(packed, 1))
                 copies.append(keep_behaviors(db, user, number, packed))
             caches.append((behaviors + len(fresh), number + len(streamed.partitions), *pack(streamed.cache), user))
-        due = self._clock()
+        now = self._clock()
         db.executemany("INSERT INTO partitions VALUES (?, ?, ?, ?, ?, ?)", partitions)
         db.executemany("INSERT OR REPLACE INTO newest_behaviors VALUES (?, ?, ?, ?, ?)", copies)
         db.executemany(
-            "INSERT INTO steps (user, number, step, due) VALUES (?, ?, 'summary', ?)",
-            ((row[0], row[1], due) for row in partitions),
+            "INSERT INTO steps (user, number, step, due, since) VALUES (?, ?, 'summary', ?, ?)",
+            ((row[0], row[1], now, now) for row in partitions),
         )
         db.executemany(
             "UPDATE users SET behaviors = ?, partitions = ?, item_ids = ?, feedback = ?, timestamps = ?, event_ids = ?"
@@ -298,21 +302,20 @@ class SQLiteStore(SQLiteQueue):
 
     def statistics(self) -> Statistics:
         """See `MemoryStore.statistics`."""
-        pending: dict[Step, int] = dict.fromkeys(STEPS, 0)
-        dead: dict[Step, int] = dict.fromkeys(STEPS, 0)
+        oldest = "SELECT min(since) FROM steps WHERE step = ?"
         with self._file.read() as db:
             totals = dict(db.execute("SELECT name, value FROM counters").fetchall())
-            (items,) = db.execute("SELECT count(*) FROM items").fetchone()
-            for step, alive, number in db.execute("SELECT step, due IS NOT NULL, count(*) FROM steps GROUP BY 1, 2"):
-                (pending if alive else dead)[step] = number
+            since: dict[Step, float | None] = {step: db.execute(oldest, (step,)).fetchone()[0] for step in STEPS}
             encodings = db.execute("SELECT fingerprint, vectors, wanted FROM encodings ORDER BY encoding").fetchall()
+        now = self._clock()
         return Statistics(
             users=totals["users"],
             behaviors=totals["behaviors"],
-            items=items,
+            items=totals["items"],
             partitions=totals["partitions"],
-            pending=pending,
-            dead=dead,
+            pending={step: totals[f"pending {step}"] for step in STEPS},
+            age_seconds={step: 0.0 if at is None else max(now - at, 0.0) for step, at in since.items()},
+            dead={step: totals[f"dead {step}"] for step in STEPS},
             repeated=totals["repeated"],
             vectors={fingerprint: vectors for fingerprint, vectors, _ in encodings if vectors},
             encodings=frozenset(fingerprint for fingerprint, _, wanted in encodings if wanted),

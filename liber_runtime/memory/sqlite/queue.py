@@ -114,8 +114,9 @@ class SQLiteQueue:
         return self._file.write(
             lambda db: (
                 db.execute(
-                    "UPDATE steps SET due = ?, claim = NULL, attempts = 0, error = NULL WHERE due IS NULL",
-                    (self._clock(),),
+                    "UPDATE steps SET due = :now, since = :now, claim = NULL, attempts = 0, error = NULL"
+                    " WHERE due IS NULL",
+                    {"now": self._clock()},
                 ).rowcount
             )
         )
@@ -258,8 +259,8 @@ _HELD = "user = (SELECT user FROM users WHERE user_id = ?) AND number = ? AND st
 
 # Partitions whose texts are there and final and that have no vector of an encoding (of any, for encoding 0).
 _LACKING = """
-    INSERT INTO steps (user, number, step, encoding, due)
-    SELECT t.user, t.number, 'representation', :encoding, :now FROM texts t
+    INSERT INTO steps (user, number, step, encoding, due, since)
+    SELECT t.user, t.number, 'representation', :encoding, :now, :now FROM texts t
     WHERE t.user = :user AND t.kind = 'summary'
       AND NOT EXISTS (SELECT 1 FROM representations r WHERE r.user = t.user AND r.number = t.number
                       AND (:encoding = 0 OR r.encoding = :encoding))
@@ -320,7 +321,8 @@ def _keep(
         due = None if made.retry_seconds is None else now + made.retry_seconds
         error = made.error[:MAX_ERROR_CHARACTERS].encode(errors="replace").decode()
         changed = db.execute(
-            f"UPDATE steps SET claim = NULL, due = ?, error = ?, attempts = attempts - ? WHERE {_HELD}",
+            "UPDATE steps SET claim = NULL, due = ?, error = ?, attempts = attempts - ?"
+            f"{', since = NULL' if due is None else ''} WHERE {_HELD}",
             (due, error, not made.attempted, *_held(task)),
         )
         return changed.rowcount > 0
@@ -400,9 +402,10 @@ def queue_representation(db: sqlite3.Connection, wanted: Sequence[int], user: in
 def _open(db: sqlite3.Connection, user: int, number: int, step: Step, encoding: int, now: float) -> None:
     """Makes a step ready. A claim on it is void: it was made on inputs that are no longer there."""
     db.execute(
-        "INSERT INTO steps (user, number, step, encoding, due) VALUES (?, ?, ?, ?, ?)"
-        " ON CONFLICT DO UPDATE SET due = excluded.due, claim = NULL, attempts = 0, error = NULL",
-        (user, number, step, encoding, now),
+        "INSERT INTO steps (user, number, step, encoding, due, since) VALUES (?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT DO UPDATE SET due = excluded.due, since = excluded.since, claim = NULL, attempts = 0,"
+        " error = NULL",
+        (user, number, step, encoding, now, now),
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from liber_runtime.served.backend import Counter, answer, version_directory
-from liber_runtime.served.user_memory import UserMemoryModel
+from liber_runtime.served.backend import Counters, answer, version_directory
+from liber_runtime.served.user_memory import COUNTERS, UserMemoryModel
 
 
 class TritonPythonModel:
@@ -14,13 +14,14 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the bundle's part of this model version."""
-        count = Counter("liber_histories_truncated_total", "Users read of whom more is held than is looked back.")
-        self._model = UserMemoryModel.load(version_directory(args), count)
+        self._counters = Counters(COUNTERS)
+        self._model = UserMemoryModel.load(version_directory(args), self._counters.add)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answers the requests that Triton merged."""
         return answer(requests, self._model)
 
     def finalize(self) -> None:
-        """Closes the store."""
+        """Closes the store, and hands on what was counted."""
         self._model.close()
+        self._counters.close()
