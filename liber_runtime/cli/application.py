@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,11 @@ DataOption = Annotated[
         "Without it: the generated sample.",
     ),
 ]
+
+
+def quiet_grpc() -> None:
+    """Keeps gRPC from printing, in its own manner, what the error of a call says in one line. Before the first call."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @contextmanager

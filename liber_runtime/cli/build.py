@@ -20,6 +20,7 @@ from liber_runtime.cli.application import (
     needs_builders,
     opened,
     output,
+    quiet_grpc,
 )
 from liber_runtime.exceptions import InvalidInputError
 from liber_runtime.memory import MemoryStore
@@ -257,6 +258,8 @@ def switch(store: StoreOption = None, triton: TritonOption = None) -> None:
     """
     from liber_runtime.representation import TritonEncoder
 
+    quiet_grpc()
+
     async def ask() -> str:
         encoder = TritonEncoder(triton or load_settings().triton)
         try:
@@ -307,7 +310,12 @@ def _require_repository(
         return
     with needs_builders():
         from builders.repository import choose_target
+    from liber_runtime.model_control import check_access
+
     choose_target(repository, target, tensorrt, precision)
+    if triton is not None:
+        check_access(load_settings())
+        quiet_grpc()
 
 
 def _tell_result(manifest: Manifest, result: TrainingResult, directory: Path) -> None:

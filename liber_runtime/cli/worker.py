@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from liber_runtime.cli.application import StoreOption, TritonOption, application, opened, output
+from liber_runtime.cli.application import StoreOption, TritonOption, application, opened, output, quiet_grpc
 from liber_runtime.exceptions import LiberError
 from liber_runtime.progress import console, progress
 from liber_runtime.settings import load_settings
@@ -61,6 +61,7 @@ def worker(
     from liber_runtime.writers.limits import Limited
     from liber_runtime.writers.statistical import StatisticalWriter
 
+    quiet_grpc()
     metrics = Metrics()
     if metrics_port:
         metrics.serve(metrics_port)
