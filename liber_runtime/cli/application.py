@@ -44,7 +44,10 @@ DataOption = Annotated[
 
 
 def quiet_grpc() -> None:
-    """Keeps gRPC from printing, in its own manner, what the error of a call says in one line. Before the first call."""
+    """Keeps gRPC from printing, in its own manner, what the error of a call says in one line.
+
+    To be called before anything imports gRPC, which looks at this only then.
+    """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 

@@ -256,9 +256,8 @@ def switch(store: StoreOption = None, triton: TritonOption = None) -> None:
 
     `liber build --triton` does it by itself.
     """
-    from liber_runtime.representation import TritonEncoder
-
     quiet_grpc()
+    from liber_runtime.representation import TritonEncoder
 
     async def ask() -> str:
         encoder = TritonEncoder(triton or load_settings().triton)
@@ -308,6 +307,7 @@ def _require_repository(
         if target is not None or tensorrt:
             raise InvalidInputError("--target and --tensorrt say how to publish; they need --repository")
         return
+    quiet_grpc()
     with needs_builders():
         from builders.repository import choose_target
     from liber_runtime.model_control import check_access
@@ -315,7 +315,6 @@ def _require_repository(
     choose_target(repository, target, tensorrt, precision)
     if triton is not None:
         check_access(load_settings())
-        quiet_grpc()
 
 
 def _tell_result(manifest: Manifest, result: TrainingResult, directory: Path) -> None:

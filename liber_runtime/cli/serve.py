@@ -80,9 +80,9 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score candidates for a user, best first."""
+    quiet_grpc()
     from liber_runtime.scoring import ScoringClient
 
-    quiet_grpc()
     with ScoringClient(triton) as client:
         scores = client.score(user, items)
     order = np.argsort(-scores.probability, kind="stable")

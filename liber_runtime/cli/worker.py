@@ -55,13 +55,13 @@ def worker(
 
     A second signal ends at once; what was in flight is then taken over when its lease ends.
     """
+    quiet_grpc()
     from liber_runtime.metrics import Metrics
     from liber_runtime.representation import TritonEncoder
     from liber_runtime.worker import Worker
     from liber_runtime.writers.limits import Limited
     from liber_runtime.writers.statistical import StatisticalWriter
 
-    quiet_grpc()
     metrics = Metrics()
     if metrics_port:
         metrics.serve(metrics_port)

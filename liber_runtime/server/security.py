@@ -11,8 +11,8 @@ from liber_runtime.exceptions import ConfigurationError
 
 RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
 """Triton's names of what asks for the control key. Loading and unloading models is not all that a stranger could harm
-with: shared memory lets a caller have tensors read from and written into the memory of other processes, and trace and
-logging change what the server writes to its disk."""
+with: over shared memory a caller has Triton read and write any region of this machine by its name, those included
+through which it talks with its own models, and logging and trace have it write until the disk is full."""
 
 
 @dataclass(frozen=True)
