@@ -409,6 +409,16 @@ class TestServersThatWillNotDo:
                 TritonServer(tiny, log_file=tmp_path / "triton.log", security=security).start()
         assert not (tmp_path / "triton.log").exists()
 
+    def test_a_key_that_would_leave_the_machine_in_plain_text_is_told_of(
+        self, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        security = Security(control_key=CONTROL_KEY)
+        server = TritonServer(tiny, log_file=tmp_path / "triton.log", host="192.0.2.1", security=security)
+        with pytest.raises(ConfigurationError, match=r"on 192\.0\.2\.1 cannot be used"):
+            server.start()
+        assert "the control key travels to 192.0.2.1 in plain text; use --tls-certificate" in caplog.text
+        assert CONTROL_KEY not in caplog.text
+
     def test_a_command_says_it_in_one_line(self, tiny: Path, tmp_path: Path) -> None:
         key = tmp_path / "open.key"
         key.touch(0o644)

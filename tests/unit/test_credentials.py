@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import re
+import shutil
+import ssl
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +24,8 @@ from liber_runtime.credentials import (
     require_private,
 )
 from liber_runtime.exceptions import ConfigurationError
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
 
@@ -208,3 +215,31 @@ class TestAControlKey:
         with pytest.raises(ConfigurationError, match="openssl rand") as said:
             check_control_key(key)
         assert key not in str(said.value)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_what_the_page_makes_with_openssl_fits_together(tmp_path: Path) -> None:
+    (commands,) = re.findall(r"```sh\n(.*?)```", (DOCS / "security.md").read_text("utf-8"), re.DOTALL)
+    subprocess.run(["sh", "-e", "-c", commands], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    authority = tmp_path / "ca.pem"
+    read_authority(authority, "LIBER_TLS_CA")
+    contexts = []
+    for name, protocol in (("server", ssl.PROTOCOL_TLS_SERVER), ("client", ssl.PROTOCOL_TLS_CLIENT)):
+        read(tmp_path / f"{name}.pem", tmp_path / f"{name}.key")
+        context = ssl.SSLContext(protocol)
+        context.load_cert_chain(tmp_path / f"{name}.pem", tmp_path / f"{name}.key")
+        context.load_verify_locations(authority)
+        context.verify_mode = ssl.CERT_REQUIRED
+        contexts.append(context)
+    upward, downward = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = contexts[0].wrap_bio(upward, downward, server_side=True)
+    client = contexts[1].wrap_bio(downward, upward, server_hostname="127.0.0.1")
+    waiting = [client, server]
+    for _ in range(6):
+        for side in list(waiting):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+                waiting.remove(side)
+    assert not waiting
+    assert server.getpeercert() is not None
+    assert (("commonName", "ranking-service"),) in server.getpeercert()["subject"]  # type: ignore[index, operator]
