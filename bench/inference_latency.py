@@ -28,7 +28,7 @@ from bench.environment import describe_machine, describe_versions, run_command, 
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.memory import open_store
 from liber_runtime.scoring import ScoringClient
-from liber_runtime.settings import load_settings
+from liber_runtime.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from bench.latency_runs import Plan
@@ -37,7 +37,14 @@ SAMPLES = 1000
 
 
 def measure(
-    url: str, user_ids: Sequence[str], item_ids: Sequence[str], *, seed: int, calls: int = 50, warm_up: int = 5
+    url: str,
+    user_ids: Sequence[str],
+    item_ids: Sequence[str],
+    *,
+    seed: int,
+    calls: int = 50,
+    warm_up: int = 5,
+    settings: Settings | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Times whole scoring calls of 1000 samples as a client sees them, the two shapes taking turns.
 
@@ -48,6 +55,7 @@ def measure(
         seed: of the draw.
         calls: timed calls of each shape.
         warm_up: calls of each shape before those.
+        settings: deadline and TLS; default from the environment.
 
     Returns:
         Per shape, ``one_user`` (one user, 1000 candidates) and ``distinct_users`` (every candidate another user's):
@@ -60,7 +68,7 @@ def measure(
         "distinct_users": list(itertools.islice(itertools.cycle(distinct), SAMPLES)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in shapes}
-    with ScoringClient(url) as client:
+    with ScoringClient(url, settings) as client:
         for call in range(warm_up + calls):
             for name, users in shapes.items():
                 items = [item_ids[index] for index in random.integers(len(item_ids), size=SAMPLES)]

@@ -29,10 +29,12 @@ from tritonclient.grpc import model_config_pb2
 from bench.environment import describe_machine, describe_versions, run_command, scratch, show_figures
 from bench.serving import Workshop, make_store
 from builders.repository import publish
+from liber_runtime.channel import open_client
 from liber_runtime.processors import available_processors
 from liber_runtime.scoring import ScoringClient
 from liber_runtime.server import TritonServer
 from liber_runtime.server.repository import read_config
+from liber_runtime.settings import load_settings
 
 USERS, ITEMS = 1000, 2000
 CALLERS = (1, 4, 16)
@@ -218,7 +220,7 @@ def _first_calls(url: str, user: str) -> list[float]:
 
 def _lone_request(url: str, users: Sequence[str], calls: int = 100) -> dict[str, dict[str, float]]:
     """Milliseconds of each model for one user with 1000 candidates and nobody else: waiting, copies, work."""
-    raw = tritonclient.grpc.InferenceServerClient(url)
+    raw = open_client(url, load_settings())
     before = _statistics(raw)
     with ScoringClient(url) as client:
         for _, (user, items) in zip(range(calls), _draws(np.random.default_rng(0), users, 1000), strict=False):

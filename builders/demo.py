@@ -61,6 +61,7 @@ from liber_runtime.progress import console, progress
 from liber_runtime.representation import TritonEncoder
 from liber_runtime.scoring import AsyncScoringClient
 from liber_runtime.server import TritonServer
+from liber_runtime.settings import load_settings
 from liber_runtime.worker import Worker
 from liber_runtime.writers.statistical import StatisticalWriter
 
@@ -153,7 +154,9 @@ def _run(
         with watch.step("serve"):
             asyncio.run(_live(dataset, tested, answers, store, server.grpc_url, directory / JOURNAL))
         with watch.step("latency"):
-            latency = measure(server.grpc_url, store.users(), fitted.vocabulary.vocabulary.items, seed=settings.seed)
+            users, items_known = store.users(), fitted.vocabulary.vocabulary.items
+            plain = load_settings().without_tls
+            latency = measure(server.grpc_url, users, items_known, seed=settings.seed, settings=plain)
     finally:
         server.stop()
 
@@ -254,7 +257,8 @@ async def _live(
         url: host:port of Triton's gRPC endpoint.
         journal: where answers are noted.
     """
-    client, encoder = AsyncScoringClient(url), TritonEncoder(url)
+    settings = load_settings().without_tls
+    client, encoder = AsyncScoringClient(url, settings), TritonEncoder(url, settings)
     worker = Worker(store, StatisticalWriter(), encoder)
     is_test = set(tested)
     try:

@@ -22,6 +22,7 @@ from liber_runtime.progress import Advance, progress
 from liber_runtime.representation import Encoded, TextModel
 from liber_runtime.served.session import OnnxSession
 from liber_runtime.server import TritonServer
+from liber_runtime.settings import load_settings
 
 Pair = tuple[str, str]
 """(summary, shift)."""
@@ -125,7 +126,7 @@ class Embedder:
             if advance is not None:
                 advance(len(positions))
 
-        model = TextModel(self._start(), MODEL)
+        model = TextModel(self._start(), MODEL, settings=load_settings().without_tls)
         try:
             await model.run(missing, ("text_embedding",), receive)
         finally:

@@ -37,8 +37,9 @@ from liber_runtime.bundle import (
     verify,
 )
 from liber_runtime.exceptions import ConfigurationError, ScoringError
-from liber_runtime.model_control import load_models, unload_models
+from liber_runtime.model_control import check_access, load_models, unload_models
 from liber_runtime.server.repository import read_config
+from liber_runtime.settings import load_settings
 
 DESCRIPTION = Path(__file__).resolve().parent.parent / "model_repository"
 
@@ -143,10 +144,12 @@ def deploy(bundle: Path, repository: Path, url: str, *, target: Target = "cpu", 
         tensorrt: see `publish`.
 
     Raises:
-        ConfigurationError: the bundle is incomplete or was changed, or the repository is for another target.
+        ConfigurationError: the bundle is incomplete or was changed, the repository is for another target, or the
+            settings of TLS or the control key will not do.
         ScoringError: the server does not answer or cannot load the bundle. It goes on serving the version before, to
             which the repository is set back.
     """
+    check_access(load_settings())
     version = publish(bundle, repository, target=target, tensorrt=tensorrt)
     try:
         _load(url, repository)

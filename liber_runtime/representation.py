@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc
-import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException
 
+from liber_runtime.channel import channel_credentials, open_async_client
 from liber_runtime.exceptions import ScoringError
 from liber_runtime.grpc_errors import explain
+from liber_runtime.settings import Settings, load_settings
 
 MODEL = "liber_encode"
 
@@ -66,8 +67,22 @@ class Encoder(Protocol):
 class TextModel:
     """An ensemble on Triton that makes one row of each (summary, shift): ``liber_encode`` or ``liber_embed``."""
 
-    def __init__(self, url: str, model: str, deadline_seconds: float = 120.0) -> None:
-        """Names the server and the ensemble; connects at the first call."""
+    def __init__(
+        self, url: str, model: str, deadline_seconds: float = 120.0, *, settings: Settings | None = None
+    ) -> None:
+        """Names the server and the ensemble; connects at the first call.
+
+        Args:
+            url: host:port of Triton's gRPC endpoint.
+            model: the ensemble.
+            deadline_seconds: how long an answer is waited for.
+            settings: TLS; default from the environment.
+
+        Raises:
+            ConfigurationError: the settings of TLS will not do.
+        """
+        self._settings = settings or load_settings()
+        channel_credentials(self._settings)  # what is wrong with a file is to be known before there is work
         self._url = url
         self._model = model
         self._deadline = deadline_seconds
@@ -115,7 +130,7 @@ class TextModel:
         requested = [tritonclient.grpc.InferRequestedOutput(name) for name in outputs]
         if self._client is None:
             # Not sooner: a channel belongs to the event loop that runs when it is made.
-            self._client = tritonclient.grpc.aio.InferenceServerClient(self._url)
+            self._client = open_async_client(self._url, self._settings)
         try:
             answer = await self._client.infer(self._model, inputs, outputs=requested, client_timeout=self._deadline)
         except InferenceServerException as error:
@@ -131,9 +146,9 @@ class TextModel:
 class TritonEncoder:
     """The `Encoder` of production: ``liber_encode``, which says itself what its vectors were made by."""
 
-    def __init__(self, url: str) -> None:
-        """Names the server; connects at the first call."""
-        self._model = TextModel(url, MODEL)
+    def __init__(self, url: str, settings: Settings | None = None) -> None:
+        """Names the server; connects at the first call. See `TextModel`."""
+        self._model = TextModel(url, MODEL, settings=settings)
         self._fingerprint = ""
         self._told_at = 0.0
 

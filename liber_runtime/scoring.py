@@ -14,22 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc
-import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException
 
 from liber_runtime.behavior import MAX_ID_BYTES, check_id
+from liber_runtime.channel import open_async_client, open_client
 from liber_runtime.exceptions import InvalidInputError
 from liber_runtime.grpc_errors import explain
 from liber_runtime.settings import Settings, load_settings
 
 MODEL = "liber_score"
-
-_OWN_CONNECTION = [
-    ("grpc.use_local_subchannel_pool", 1),
-    # Naming any option takes tritonclient's own away, of which no limit of message size is the one that matters.
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-]
 
 _OUTPUTS = ("click_probability", "user_known", "item_known")
 
@@ -140,13 +133,15 @@ class ScoringClient:
 
         Args:
             url: host:port of Triton's gRPC endpoint; default ``LIBER_TRITON``.
-            settings: limits and deadline; default from the environment.
-            own_connection: whether to keep a connection apart; the clients of a process otherwise share one per server.
+            settings: limits, deadline and TLS; default from the environment.
+            own_connection: whether to keep a connection apart; see `liber_runtime.channel.open_client`.
+
+        Raises:
+            ConfigurationError: the settings of TLS will not do.
         """
         self._settings = settings or load_settings()
         self._url = url or self._settings.triton
-        options = _OWN_CONNECTION if own_connection else None
-        self._client = tritonclient.grpc.InferenceServerClient(self._url, channel_args=options)
+        self._client = open_client(self._url, self._settings, own_connection=own_connection)
 
     def score(self, user_ids: Sequence[str] | str, item_ids: Sequence[str]) -> Scores:
         """Click probabilities of candidates.
@@ -190,7 +185,7 @@ class AsyncScoringClient:
         """See `ScoringClient`."""
         self._settings = settings or load_settings()
         self._url = url or self._settings.triton
-        self._client = tritonclient.grpc.aio.InferenceServerClient(self._url)
+        self._client = open_async_client(self._url, self._settings)
 
     async def score(self, user_ids: Sequence[str] | str, item_ids: Sequence[str]) -> Scores:
         """See `ScoringClient.score`."""

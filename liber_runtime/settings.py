@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import pydantic
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from liber_runtime.credentials import check_control_key, read_secret
 from liber_runtime.exceptions import ConfigurationError
 from liber_runtime.processors import available_processors
 
@@ -24,9 +25,14 @@ class Settings(BaseSettings):
             none (ONNX Runtime alone), or an instruction set by name, see `liber_runtime.native.compile.TARGETS`.
         threads: threads of one ONNX Runtime session; 0 for one per processor that the process may use.
         deadline_seconds: how long a scoring client waits for an answer.
+        tls_ca: certificates of the authorities that vouch for Triton, PEM; without it gRPC goes in plain text.
+        tls_certificate: our own certificate, PEM, where Triton asks its callers for one.
+        tls_key: the private key of that, PEM.
+        control_key: what Triton's model control asks for; see `read_control_key`.
+        control_key_file: a file that holds it.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LIBER_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="LIBER_", env_ignore_empty=True, extra="ignore")
 
     store: str = "sqlite:///runs/memory.db"
     triton: str = "127.0.0.1:8001"
@@ -35,11 +41,30 @@ class Settings(BaseSettings):
     kernels: str = "auto"
     threads: int = pydantic.Field(default=0, ge=0)
     deadline_seconds: float = pydantic.Field(default=10.0, gt=0)
+    tls_ca: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    control_key: pydantic.SecretStr = pydantic.SecretStr("")
+    control_key_file: Path | None = None
 
     @property
     def session_threads(self) -> int:
         """Threads of one ONNX Runtime session."""
         return self.threads or available_processors()
+
+    @property
+    def without_tls(self) -> Settings:
+        """These settings for a server that this process started for itself, on this machine, in plain text."""
+        return self.model_copy(update={"tls_ca": None, "tls_certificate": None, "tls_key": None})
+
+    def read_control_key(self) -> str:
+        """The key of Triton's model control, empty where there is none.
+
+        Raises:
+            ConfigurationError: it cannot be read, or is none that Triton can take.
+        """
+        key = read_secret("LIBER_CONTROL_KEY", self.control_key.get_secret_value(), self.control_key_file)
+        return check_control_key(key) if key else ""
 
 
 class WriterSettings(BaseSettings):
@@ -74,7 +99,9 @@ class WriterSettings(BaseSettings):
         trust_remote_code: transformers: whether code that comes with the checkpoint may run here.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LIBER_WRITER_", extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="LIBER_WRITER_", env_ignore_empty=True, extra="ignore", populate_by_name=True
+    )
 
     writer: Literal["statistical", "openai", "triton", "transformers"] = pydantic.Field(
         default="statistical", validation_alias=pydantic.AliasChoices("LIBER_WRITER", "writer")
@@ -82,7 +109,7 @@ class WriterSettings(BaseSettings):
     url: str = ""
     model: str = ""
     api: Literal["chat", "completions"] = "chat"
-    api_key: pydantic.SecretStr | None = None
+    api_key: pydantic.SecretStr = pydantic.SecretStr("")
     api_key_file: Path | None = None
     layout: Literal["auto", "inflight_batcher_llm", "llmapi"] = "auto"
     tokenizer: Path | None = None
@@ -139,22 +166,3 @@ def _load(kind: type[S], options: dict[str, Any]) -> S:
         raise ConfigurationError(
             f"{variable}={problem['input']!r} is not usable ({problem['msg']}); correct or unset it"
         ) from None
-
-
-def read_secret(value: pydantic.SecretStr | None, file: Path | None, variable: str) -> str | None:
-    """A secret that a variable holds, or the file that the variable with ``_FILE`` at its end names.
-
-    Raises:
-        ConfigurationError: both are given, or the file cannot be read or is empty.
-    """
-    if value is not None and file is not None:
-        raise ConfigurationError(f"{variable} and {variable}_FILE are both set; unset one of them")
-    if file is None:
-        return value.get_secret_value() if value is not None else None
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{variable}_FILE={file} cannot be read: {error}") from None
-    if not text:
-        raise ConfigurationError(f"{variable}_FILE={file} is empty; write the secret into it")
-    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,14 @@ WriterModelOption = Annotated[
     str | None,
     typer.Option(help="What the LLM is called there, or its checkpoint. (env var: LIBER_WRITER_MODEL)"),
 ]
+
+
+def quiet_grpc() -> None:
+    """Keeps gRPC from printing, in its own manner, what the error of a call says in one line.
+
+    To be called before anything imports gRPC, which looks at this only then.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @contextmanager

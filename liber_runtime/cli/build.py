@@ -23,6 +23,7 @@ from liber_runtime.cli.application import (
     needs_builders,
     opened,
     output,
+    quiet_grpc,
 )
 from liber_runtime.exceptions import InvalidInputError
 from liber_runtime.memory import MemoryStore
@@ -266,6 +267,7 @@ def switch(store: StoreOption = None, triton: TritonOption = None) -> None:
 
     `liber build --triton` does it by itself.
     """
+    quiet_grpc()
     from liber_runtime.representation import TritonEncoder
 
     async def ask() -> str:
@@ -316,9 +318,14 @@ def _require_repository(
         if target is not None or tensorrt:
             raise InvalidInputError("--target and --tensorrt say how to publish; they need --repository")
         return
+    quiet_grpc()
     with needs_builders():
         from builders.repository import choose_target
+    from liber_runtime.model_control import check_access
+
     choose_target(repository, target, tensorrt, precision)
+    if triton is not None:
+        check_access(load_settings())
 
 
 def _tell_result(manifest: Manifest, result: TrainingResult, directory: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from liber_runtime.cli.application import StoreOption, TritonOption, application, output
+from liber_runtime.cli.application import StoreOption, TritonOption, application, output, quiet_grpc
 from liber_runtime.memory import absolute_url, open_store
 from liber_runtime.settings import load_settings
 
@@ -27,13 +27,35 @@ def serve(
         int, typer.Option(help="Serve Prometheus metrics of what was restarted on this port; 0 for none.")
     ] = 0,
     log_file: Annotated[Path, typer.Option(help="Triton's own log.")] = Path("runs/triton.log"),
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LIBER_SERVER_TLS_CERTIFICATE",
+            help="Serve gRPC over TLS only, with this certificate (PEM); HTTP, without TLS, to this machine only.",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="LIBER_SERVER_TLS_KEY", help="The certificate's private key (PEM).")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LIBER_SERVER_TLS_CLIENT_CA",
+            help="Serve those callers alone whose certificate one of these authorities has issued (PEM).",
+        ),
+    ] = None,
 ) -> None:
-    """Start tritonserver, watch and heal it, until SIGTERM or Ctrl-C."""
-    from liber_runtime.metrics import registry_of, serve_registry
-    from liber_runtime.server import TritonServer, run_until_signalled
+    """Start tritonserver, watch and heal it, until SIGTERM or Ctrl-C.
 
+    With a key in LIBER_CONTROL_KEY, or in the file that LIBER_CONTROL_KEY_FILE names, model control asks for it.
+    """
+    from liber_runtime.metrics import registry_of, serve_registry
+    from liber_runtime.server import Security, TritonServer, run_until_signalled
+
+    settings = load_settings()
+    security = Security(tls_certificate, tls_key, tls_client_ca, settings.read_control_key())
     # Triton's models run elsewhere than here, and a store that is not there is better told of before they load.
-    url = absolute_url(store or load_settings().store)
+    url = absolute_url(store or settings.store)
     open_store(url, create=False).close()
     server = TritonServer(
         repository,
@@ -42,6 +64,7 @@ def serve(
         grpc_port=grpc_port,
         http_port=http_port,
         metrics_port=metrics_port,
+        security=security,
         environment={"LIBER_STORE": url},
     )
 
@@ -64,6 +87,7 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score candidates for a user, best first."""
+    quiet_grpc()
     from liber_runtime.scoring import ScoringClient
 
     with ScoringClient(triton) as client:

@@ -24,6 +24,7 @@ from liber_runtime.cli.application import (
     application,
     opened,
     output,
+    quiet_grpc,
 )
 from liber_runtime.exceptions import LiberError, WriterAwayError
 from liber_runtime.progress import console, progress
@@ -70,6 +71,7 @@ def worker(
 
     A second signal ends at once; what was in flight is then taken over when its lease ends.
     """
+    quiet_grpc()
     from liber_runtime.metrics import Metrics
     from liber_runtime.representation import TritonEncoder
     from liber_runtime.worker import Worker

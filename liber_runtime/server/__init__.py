@@ -7,6 +7,7 @@ again on the same ports.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import signal
@@ -24,10 +25,11 @@ from liber_runtime.server.control import ServerControl
 from liber_runtime.server.installation import LaunchPlan, TritonInstallation, find_tritonserver, plan_launch
 from liber_runtime.server.process import PortLostError, TritonProcess, find_ports, sweep
 from liber_runtime.server.repository import ModelConfig, models_to_load, read_configs, require_backends
+from liber_runtime.server.security import Security
 from liber_runtime.server.stubs import ModelVersion, abandoned_memory_prefixes
 from liber_runtime.server.supervisor import Supervisor
 
-__all__ = ["TritonInstallation", "TritonServer", "find_tritonserver", "run_until_signalled"]
+__all__ = ["Security", "TritonInstallation", "TritonServer", "find_tritonserver", "run_until_signalled"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +50,11 @@ class TritonServer:
         log_file: where the server's output goes; appended to, its directory is made.
         models: the models to load at the start, with their steps. If empty, the repository's ensembles, or all models
             where there is none. Others can be loaded later.
-        host: the address to listen on, for HTTP, gRPC and metrics.
+        host: the address to listen on, for HTTP, gRPC and metrics; with TLS, HTTP stays on this machine.
         http_port: 0 for any free port, which then stays the same for the life of this object; so for the next two.
         grpc_port: see `http_port`.
         metrics_port: see `http_port`.
+        security: TLS and the control key.
         environment: variables for the server and its models' processes, over this process's own.
         python: an interpreter whose directory holds the `python3` that models run; numpy < 2 must be in it.
         start_timeout: seconds until all models must be loaded; also the limit of a later load.
@@ -69,6 +72,7 @@ class TritonServer:
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
+        security: Security = Security(),  # noqa: B008  (frozen)
         environment: Mapping[str, str] | None = None,
         python: Path = Path(sys.executable),
         start_timeout: float = 120.0,
@@ -78,6 +82,10 @@ class TritonServer:
         self.log_file = log_file.absolute()
         self.host = host
         self._models = tuple(models)
+        self._security = security
+        # Triton's HTTP has no TLS, and serves all that its gRPC does.
+        http_host = "127.0.0.1" if security.certificate is not None and not _is_loopback(host) else host
+        self._hosts = {"http": http_host, "grpc": host, "metrics": host}
         self._requested_ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._ports = dict(self._requested_ports)
         self._environment = dict(environment or {})
@@ -94,7 +102,7 @@ class TritonServer:
     @property
     def http_url(self) -> str:
         """`host:port` of HTTP, as `tritonclient.http` takes it."""
-        return f"{self.host}:{self._ports['http']}"
+        return f"{self._hosts['http']}:{self._ports['http']}"
 
     @property
     def grpc_url(self) -> str:
@@ -140,12 +148,13 @@ class TritonServer:
 
         Raises:
             ConfigurationError: there is no Triton, its Python would not do, the repository holds no models, or ones
-                for another Triton, or a port is in use.
+                for another Triton, the certificates or the control key will not do, or a port is in use.
             ServerError: a model did not load, or the server did not start.
         """
         if self._thread is not None:
             raise ServerError(f"the server on {self.repository} is already started: stop() it first")
         self._check_repository()
+        self._check_security()
         for prefix in abandoned_memory_prefixes():
             logger.warning("ending what a killed server left behind (%s)", prefix)
             sweep(prefix)
@@ -227,9 +236,18 @@ class TritonServer:
             if name not in there:
                 raise ConfigurationError(f"no model {name!r} in {self.repository}; it has {', '.join(sorted(there))}")
 
+    def _check_security(self) -> None:
+        self._security.check()
+        if self._security.control_key and self._security.certificate is None and not _is_loopback(self.host):
+            logger.warning(
+                "the control key travels to %s in plain text; use --tls-certificate and --tls-key outside of a network "
+                "that you trust",
+                self.host,
+            )
+
     @property
     def _control(self) -> ServerControl:
-        return ServerControl(self.host, self._ports["http"])
+        return ServerControl(self._hosts["http"], self._ports["http"], self._security.headers)
 
     def _run(self, started: Future[None]) -> None:
         try:
@@ -261,7 +279,7 @@ class TritonServer:
         return self._launch_supervised(plan)
 
     def _launch_supervised(self, plan: LaunchPlan) -> Supervisor:
-        self._ports = find_ports(self.host, self._requested_ports)
+        self._ports = find_ports(self._hosts, self._requested_ports)
         return Supervisor(lambda: self._launch(plan), self._control, self._reload)
 
     def _launch(self, plan: LaunchPlan) -> TritonProcess:
@@ -287,9 +305,17 @@ class TritonServer:
             "--disable-auto-complete-config",
             # Quantiles of latency beside the sums; they cost nothing that could be measured.
             "--metrics-config=summary_latencies=true",
-            *(f"--{service}-address={self.host}" for service in self._ports),
+            *(f"--{service}-address={host}" for service, host in self._hosts.items()),
             *(f"--{service}-port={port}" for service, port in self._ports.items()),
+            *self._security.arguments(),
         ]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def run_until_signalled(server: TritonServer, when_ready: Callable[[TritonServer], None]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -38,11 +39,13 @@ class ServerControl:
     Args:
         host: where its HTTP service listens.
         port: see `host`.
+        headers: what its calls have to carry, see `liber_runtime.server.security.Security.headers`.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, headers: Mapping[str, str] | None = None) -> None:
         self._host = host
         self._port = port
+        self._headers = {"Connection": "close", **(headers or {})}
 
     def is_ready(self) -> bool:
         """Whether the server answers and all models of its start are loaded."""
@@ -102,7 +105,7 @@ class ServerControl:
     def _request(self, method: str, path: str, timeout: float) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
         try:
-            connection.request(method, f"/{path}", headers={"Connection": "close"})
+            connection.request(method, f"/{path}", headers=self._headers)
             response = connection.getresponse()
             return response.status, response.read()
         finally:

@@ -23,6 +23,7 @@ STUB_NAME = "triton_python_backend_stub"
 
 _SYSTEM_BINARY = Path("/opt/tritonserver/bin/tritonserver")
 _PROBE_SECONDS = 60.0
+_SECRETS = ("LIBER_CONTROL_KEY", "LIBER_WRITER_API_KEY")
 # Runs in the interpreter under inspection, which may be any Python 3. numpy is looked up, not imported: importing it
 # costs 0.1 s or more, and an installed numpy may be unable to load. It runs isolated (-I), as stubs do: PYTHON*
 # variables and the user's own packages count for neither.
@@ -148,9 +149,10 @@ def server_environment(python: Path, extra: Mapping[str, str]) -> dict[str, str]
     """The server's environment: this process's, `python`'s directory first on PATH, then `extra` over it.
 
     One OpenMP thread per process unless someone asked for more: every model instance is a process, and each would
-    otherwise start as many threads as there are cores.
+    otherwise start as many threads as there are cores. Secrets that models have no use for stay here.
     """
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **extra}
+    inherited = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    environment = {"OMP_NUM_THREADS": "1", **inherited, **extra}
     _prepend(environment, "PATH", python.parent)
     return environment
 

@@ -138,11 +138,11 @@ def sweep(prefix: str) -> None:
         region.unlink(missing_ok=True)
 
 
-def find_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:
+def find_ports(hosts: Mapping[str, str], requested: Mapping[str, int]) -> dict[str, int]:
     """Checks that ports are free and replaces each 0 by a free one.
 
     Args:
-        host: the address to listen on.
+        hosts: the address to listen on, by service name.
         requested: port by service name.
 
     Raises:
@@ -153,11 +153,11 @@ def find_ports(host: str, requested: Mapping[str, int]) -> dict[str, int]:
         # All are held until the last is found, so that they differ.
         for service, port in requested.items():
             try:
-                listener = open_sockets.enter_context(socket.create_server((host, port)))
+                listener = open_sockets.enter_context(socket.create_server((hosts[service], port)))
             except OSError as error:
                 reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
                 raise ConfigurationError(
-                    f"{service} port {port} on {host} {reason}; choose another "
+                    f"{service} port {port} on {hosts[service]} {reason}; choose another "
                     f"({service}_port, --{service}-port; 0: any free one)"
                 ) from None
             found[service] = listener.getsockname()[1]

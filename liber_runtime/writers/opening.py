@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from liber_runtime.credentials import read_secret
 from liber_runtime.exceptions import ConfigurationError
-from liber_runtime.settings import WriterSettings, read_secret
+from liber_runtime.settings import WriterSettings
 from liber_runtime.writers import Writer
 from liber_runtime.writers.llm import LanguageModel, LLMWriter, Patience
 from liber_runtime.writers.pricing import Price
@@ -51,7 +52,7 @@ def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting]:
 
         _require(settings, "url", "the endpoint, e.g. http://127.0.0.1:8000/v1")
         _require(settings, "model", "what the endpoint calls the LLM")
-        key = read_secret(settings.api_key, settings.api_key_file, "LIBER_WRITER_API_KEY")
+        key = read_secret("LIBER_WRITER_API_KEY", settings.api_key.get_secret_value(), settings.api_key_file)
         model = OpenAIModel(
             settings.url,
             settings.model,

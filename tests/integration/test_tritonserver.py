@@ -193,7 +193,7 @@ class TestStartAndStop:
             lost = [{"grpc": taken.getsockname()[1]}]
             monkeypatch.setattr(
                 "liber_runtime.server.find_ports",
-                lambda host, requested: find_ports(host, requested) | (lost.pop() if lost else {}),
+                lambda hosts, requested: find_ports(hosts, requested) | (lost.pop() if lost else {}),
             )
             with TritonServer(tmp_path, log_file=tmp_path / "triton.log", stop_timeout=3) as server:
                 assert not lost

@@ -178,7 +178,9 @@ class TestTheStubProgram:
 
 class TestPorts:
     def test_free_ones_are_found_and_differ(self) -> None:
-        found = find_ports("127.0.0.1", {"http": 0, "grpc": 0, "metrics": 0})
+        found = find_ports(
+            dict.fromkeys(("http", "grpc", "metrics"), "127.0.0.1"), {"http": 0, "grpc": 0, "metrics": 0}
+        )
         assert list(found) == ["http", "grpc", "metrics"]
         assert len({*found.values(), 0}) == 4
 
@@ -186,11 +188,11 @@ class TestPorts:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             with pytest.raises(ConfigurationError, match=f"grpc port {port} on 127.0.0.1 is already in use.*grpc_port"):
-                find_ports("127.0.0.1", {"http": 0, "grpc": port})
+                find_ports({"http": "127.0.0.1", "grpc": "127.0.0.1"}, {"http": 0, "grpc": port})
 
     def test_an_address_of_another_machine_is_refused(self) -> None:
         with pytest.raises(ConfigurationError, match=r"http port 0 on 192\.0\.2\.1 cannot be used"):
-            find_ports("192.0.2.1", {"http": 0})
+            find_ports({"http": "192.0.2.1"}, {"http": 0})
 
 
 class TestTheRepository:
