@@ -108,7 +108,8 @@ CMD ["serve", "--repository", "/models", "--host", "0.0.0.0", "--supervisor-metr
 
 # ------------------------------------------------------------------------------------------------------------------ llm
 # For two things: `liber build engine`, since only the TensorRT that built an engine runs it, and `tritonserver` on the
-# repository with that engine. `python3` stays the image's own, which has TensorRT-LLM; liber has one to itself.
+# repository with that engine. `python3` stays the image's own, untouched. liber has packages to itself, with its pinned
+# versions, and sees those of the image behind them: TensorRT-LLM.
 FROM nvcr.io/nvidia/tritonserver:${TRTLLM_TAG} AS llm
 ENV PYTHONUNBUFFERED=1
 COPY builders /opt/liber/source/builders
@@ -118,11 +119,13 @@ RUN --mount=from=wheel,source=/wheels,target=/wheels \
     /usr/bin/python3 -m venv --without-pip /opt/liber \
     && pip --python /opt/liber/bin/python install --no-cache-dir --disable-pip-version-check --only-binary :all: \
         --constraint /constraints.txt "$(echo /wheels/liber_runtime-*.whl)" \
-    && echo /opt/liber/source > "$(/opt/liber/bin/python -c 'import site; print(site.getsitepackages()[0])')/source.pth" \
+    && { echo /opt/liber/source; python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; } \
+        > "$(/opt/liber/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/image.pth" \
     && ln -s /opt/liber/bin/liber /usr/local/bin/liber \
     && liber build engine --help > /dev/null \
+    && /opt/liber/bin/python -c "from importlib.metadata import version; print(version('tensorrt_llm'))" \
     && useradd --uid 10001 --create-home liber \
-    && install --directory --owner liber --group liber /models /engines
+    && install --directory --owner liber --group liber /llm
 USER 10001
 WORKDIR /home/liber
 EXPOSE 8000 8001 8002
@@ -131,5 +134,5 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=900s \
     CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=2)"]
 ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh"]
 # For engines on one GPU; docs/deployment.md has the commands for more GPUs and for the llmapi layout.
-CMD ["tritonserver", "--model-repository=/models", "--disable-auto-complete-config", "--exit-timeout-secs=20", \
+CMD ["tritonserver", "--model-repository=/llm/models", "--disable-auto-complete-config", "--exit-timeout-secs=20", \
     "--http-address=0.0.0.0", "--grpc-address=0.0.0.0", "--metrics-address=0.0.0.0"]
