@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 DATA ?=
 PROCESSES ?= 2
+RANDOM_SECRETS := $(addprefix secrets/,store_password control_key grafana_password)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup redis demo test unit lint types format check clean
+.PHONY: help setup secrets redis demo test unit lint types format check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,22 @@ redis:  ## Install redis-server (Debian, as root or with sudo) where it is missi
 	  install="$$as_root apt-get install --yes --quiet --no-install-recommends redis-server"; \
 	  $$install || { $$as_root apt-get update --quiet && $$install; }; } >/dev/null 2>&1 \
 	  || echo 'redis-server cannot be installed here; the tests of stores in Redis are skipped'
+
+secrets: $(RANDOM_SECRETS) secrets/redis_users secrets/writer_api_key  ## Make what compose.yaml keeps secret, in secrets/
+
+# The directory is closed to others; the files are not, for services run as users of their own.
+$(RANDOM_SECRETS):
+	@mkdir -p -m 700 secrets
+	@head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n' > $@
+
+# Anyone may ask Redis whether it is up; the user liber may do all, by the password's digest.
+secrets/redis_users: secrets/store_password
+	@{ echo 'user default on nopass resetkeys resetchannels -@all +ping'; \
+	  echo "user liber on #$$(sha256sum < $< | cut -d ' ' -f 1) ~* &* +@all"; } > $@
+
+secrets/writer_api_key:
+	@mkdir -p -m 700 secrets
+	@touch $@
 
 test: setup redis  ## Run all tests, those on the real Triton included (LIBER_DATA=path/to/ml-100k adds those on real data)
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -39,6 +40,9 @@ RUNS = st.lists(st.builds(Behavior, st.just("ann"), IDS, st.floats(-5, 5), st.fl
         ("redis://localhost/0?timeout_seconds=0", "timeout_seconds=0 must be a positive number"),
         ("redis://localhost/0?ca=ca.crt", "parameter ca is for TLS; write rediss://"),
         ("rediss://localhost/0?ca=/nowhere/ca.crt", "no file /nowhere/ca.crt (ca)"),
+        ("redis://localhost/0?password_file=/nowhere/word", "password_file /nowhere/word cannot be read (No such file"),
+        ("redis://localhost/0?password_file=/dev/null", "password_file /dev/null is empty"),
+        ("redis://ann:p@localhost/0?password_file=/dev/null", "a password and a password_file are given"),
         ("redis://", "is not understood"),
     ],
 )
@@ -61,6 +65,15 @@ def test_a_url_says_all_and_shows_no_password() -> None:
     )
     assert str(address) == "rediss://a:1,[::1]:6379,b:6379/0?name=x.y"
     assert "p/w" not in repr(address)
+
+
+def test_a_password_may_lie_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("p/w %20\n")
+    address = parse_address(f"redis://ann@a/0?name=x&password_file={tmp_path}/password")
+    assert address == Address((("a", 6379),), username="ann", password="p/w %20", name="x")
+    (tmp_path / "password").write_bytes(b"\xff")
+    with pytest.raises(ConfigurationError, match=r"cannot be read \(not UTF-8\); name a file"):
+        parse_address(f"redis://ann@a/0?password_file={tmp_path}/password")
 
 
 @given(IDS, IDS)

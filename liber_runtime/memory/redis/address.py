@@ -14,7 +14,8 @@ DEFAULT_PORT = 6379
 
 _WHOLE = ("replicas", "wait_milliseconds", "buckets")
 _FILES = ("ca", "cert", "key")
-_PARAMETERS = ("name", *_WHOLE, "timeout_seconds", *_FILES)
+_PASSWORD_FILE = "password_file"
+_PARAMETERS = ("name", *_WHOLE, "timeout_seconds", *_FILES, _PASSWORD_FILE)
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,11 @@ class Address:
 def parse_address(url: str) -> Address:
     """Reads ``redis[s]://user:password@host:port[,host:port...]/db?name=liber&replicas=1``.
 
-    User and password are percent-encoded. All parameters are named in `Address`.
+    User and password are percent-encoded. A password may lie in a file instead, ``?password_file=/run/secrets/...``, so
+    that none is in an environment; the line's end is no part of it. All other parameters are named in `Address`.
 
     Raises:
-        ConfigurationError: anything that is not understood.
+        ConfigurationError: anything that is not understood, or a file that is not there or cannot be read.
     """
     scheme, _, rest = url.partition("://")
     rest, _, query = rest.partition("?")
@@ -92,11 +94,16 @@ def parse_address(url: str) -> Address:
     for kind, file in files:
         if not Path(file).is_file():
             raise ConfigurationError(f"store {shown}: there is no file {file} ({kind}); name a PEM file")
+    password = unquote(password)
+    if (file := values.pop(_PASSWORD_FILE, None)) is not None:
+        if password:
+            raise ConfigurationError(f"store {shown}: a password and a {_PASSWORD_FILE} are given; leave one out")
+        password = _read_password(Path(file), shown)
     return Address(
         nodes,
         int(path or 0),
         unquote(username),
-        unquote(password),
+        password,
         scheme == "rediss",
         files,
         **values,
@@ -129,6 +136,19 @@ def _parse_parameters(query: str, shown: str) -> dict[str, Any]:
             f"store {shown}: buckets={values['buckets']} is more than 4096; 128 suit most clusters"
         )
     return values
+
+
+def _read_password(file: Path, shown: str) -> str:
+    try:
+        password = file.read_text("utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigurationError(
+            f"store {shown}: {_PASSWORD_FILE} {file} cannot be read ({reason}); name a file with the password in it"
+        ) from None
+    if not password:
+        raise ConfigurationError(f"store {shown}: {_PASSWORD_FILE} {file} is empty; write the password into it")
+    return password
 
 
 def _parse_node(node: str, shown: str) -> tuple[str, int]:
