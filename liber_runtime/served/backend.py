@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +82,7 @@ class Gathered:
     def __init__(self, hand_on: Callable[[str, int], None], seconds: float = 0.5) -> None:
         self._hand_on = hand_on
         self._seconds = seconds
-        self._amounts: collections.Counter[str] = collections.Counter()
+        self._amounts: dict[str, int] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="counters", daemon=True)
@@ -92,8 +91,10 @@ class Gathered:
     def add(self, amounts: Mapping[str, int]) -> None:
         """Adds `amounts`."""
         with self._lock:
+            held = self._amounts
             for name, amount in amounts.items():
-                self._amounts[name] += amount
+                if amount:
+                    held[name] = held.get(name, 0) + amount
 
     def close(self) -> None:
         """Hands on what is left and ends the thread."""
@@ -107,10 +108,9 @@ class Gathered:
 
     def _hand_all_on(self) -> None:
         with self._lock:
-            amounts, self._amounts = self._amounts, collections.Counter()
+            amounts, self._amounts = self._amounts, {}
         for name, amount in amounts.items():
-            if amount:
-                self._hand_on(name, amount)
+            self._hand_on(name, amount)
 
 
 def answer(requests: Sequence[Any], model: ServedModel) -> list[Any]:

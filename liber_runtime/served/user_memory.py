@@ -105,14 +105,19 @@ class UserMemoryModel:
     def run(self, batch: Sequence[Tensors]) -> list[Outcome]:
         """See `ServedModel.run`."""
         outcomes, truncated = self._answer(batch)
-        known = [(each["user_known"], each["item_known"]) for each in outcomes if isinstance(each, dict)]
-        users, candidates = sum(each.size for each, _ in known), sum(each.size for _, each in known)
+        users = candidates = known_users = known_candidates = 0
+        for each in outcomes:
+            if isinstance(each, dict):
+                users += each["user_known"].size
+                known_users += np.count_nonzero(each["user_known"])
+                candidates += each["item_known"].size
+                known_candidates += np.count_nonzero(each["item_known"])
         self._count(
             {
                 "liber_scored_users_total": users,
-                "liber_unknown_users_total": users - sum(np.count_nonzero(each) for each, _ in known),
+                "liber_unknown_users_total": users - known_users,
                 "liber_scored_candidates_total": candidates,
-                "liber_unknown_candidates_total": candidates - sum(np.count_nonzero(each) for _, each in known),
+                "liber_unknown_candidates_total": candidates - known_candidates,
                 "liber_histories_truncated_total": truncated,
             }
         )

@@ -12,7 +12,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import promql_parser
 import pytest
@@ -20,6 +20,7 @@ import typer.main
 import yaml
 
 from liber_runtime.cli import application
+from liber_runtime.metrics import CATALOGUE
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "liber_runtime" / "monitoring"
@@ -43,9 +44,6 @@ TRITONS = {
     *("nv_trt_llm_request_metrics", "nv_trt_llm_kv_cache_block_metrics"),
 }
 PROMETHEUS_OWN = {"up", "ALERTS"}
-
-# What other changes are to bring; to be deleted with them.
-PENDING = {"--metrics-host", "--supervisor-metrics-port", "engine", "llm"}
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
@@ -135,8 +133,6 @@ def test_commands_that_are_run_exist() -> None:
     commands = liber_commands()
     assert len(commands) >= 8
     for words in commands:
-        if PENDING & set(words):
-            continue
         command: Any = typer.main.get_command(application)
         for word in itertools.takewhile(lambda word: not word.startswith("-"), words):
             assert word in getattr(command, "commands", {}), words
@@ -150,7 +146,7 @@ def test_extras_that_are_installed_exist() -> None:
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     declared = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     assert installed
-    assert installed <= set(re.findall(r"(?m)^(\w+) = \[", declared)) | PENDING
+    assert installed <= set(re.findall(r"(?m)^(\w+) = \[", declared))
 
 
 # -- compose.yaml ----------------------------------------------------------------------------------------------------
@@ -254,33 +250,6 @@ def test_a_profile_is_whole(profile: str) -> None:
 
 
 # -- metrics, alerts, dashboard --------------------------------------------------------------------------------------
-
-
-try:
-    from liber_runtime.metrics import CATALOGUE
-except ImportError:
-
-    class _Promised(NamedTuple):
-        name: str
-        type: str = "gauge"
-        labels: tuple[str, ...] = ()
-
-    CATALOGUE = [
-        *(_Promised(f"liber_{name}") for name in ("users", "behaviors", "items", "partitions", "server_up")),
-        *(_Promised(f"liber_{name}", labels=("step",)) for name in ("queue_steps", "queue_age_seconds", "dead_steps")),
-        *(_Promised(f"liber_{name}_total", labels=("step",)) for name in ("steps", "step_failures", "steps_given_up")),
-        *(_Promised(f"liber_{name}_total") for name in ("results_discarded", "calls_repeated", "claims_renewed")),
-        *(_Promised(f"liber_{name}_total") for name in ("claims_lost", "store_failures", "ingested_behaviors")),
-        *(_Promised(f"liber_{name}_total") for name in ("ingest_duplicates", "histories_truncated", "stub_restarts")),
-        *(_Promised(f"liber_{name}_total") for name in ("server_restarts", "scored_users", "unknown_users")),
-        *(_Promised(f"liber_{name}_total") for name in ("scored_candidates", "unknown_candidates")),
-        _Promised("liber_claims_held", labels=("kind",)),
-        _Promised("liber_writer_seconds", "histogram", ("kind",)),
-        _Promised("liber_encode_seconds", "histogram"),
-        _Promised("liber_writer_calls_total", labels=("outcome",)),
-        _Promised("liber_writer_tokens_total", labels=("direction",)),
-        _Promised("liber_writer_cost_total", labels=("currency",)),
-    ]
 
 
 def known_metrics() -> dict[str, tuple[str, ...] | None]:
