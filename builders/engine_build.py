@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
-import io
 import json
 import os
 import shlex
@@ -112,14 +111,16 @@ def _run(step: Step, lock: int) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                encoding="utf-8",
+                errors="replace",
                 start_new_session=True,
                 pass_fds=(lock,),
             )
         except OSError as error:
             raise ConfigurationError(f"{step.command[0]} cannot be run: {error.strerror}") from None
-        with _ended(process):
+        with process, _ended(process):
             assert process.stdout is not None
-            for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace"):
+            for line in process.stdout:
                 log.write(line)
                 log.flush()
                 console.print(visible(line.rstrip("\n")), soft_wrap=True)
@@ -137,7 +138,7 @@ def _run(step: Step, lock: int) -> None:
 
 
 @contextlib.contextmanager
-def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
     """Ends a command with all it has started when the block is left early."""
     try:
         yield

@@ -8,6 +8,7 @@ holds blocks for the tokens it has, so that short ones leave room for more.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from builders.engines import AWQ_GROUP, EngineSettings
 from builders.llm_checkpoint import LlamaShape
@@ -49,12 +50,12 @@ class EngineSizes:
     @property
     def least(self) -> int:
         """What must be free for the engine to load and answer the longest request."""
-        return self.weights + self.workspace + int(self.sequence / CACHE_FRACTION)
+        return self.weights + self.workspace + math.ceil(self.sequence / CACHE_FRACTION)
 
     @property
     def full(self) -> int:
         """What `batch` of the longest requests take at once."""
-        return self.weights + self.workspace + int(self.batch * self.sequence / CACHE_FRACTION)
+        return self.weights + self.workspace + math.ceil(self.batch * self.sequence / CACHE_FRACTION)
 
     def cached_tokens(self, free: int) -> int:
         """Tokens that the KV cache holds on GPUs with `free` bytes each."""

@@ -167,7 +167,7 @@ def find_checkpoint(model: str, *, dry_run: bool = False) -> LlmCheckpoint:
         InvalidInputError: neither a directory nor a name on the hub, or no Llama model.
         ConfigurationError: it cannot be downloaded, or is not complete.
     """
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         return open_llm_checkpoint(Path(model).absolute())
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/")):
         raise InvalidInputError(
