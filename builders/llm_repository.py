@@ -97,9 +97,9 @@ def check_repository(repository: Path, layout: Layout, image_models: Path = IMAG
                     "inside it, or name a copy of its all_models by --image-models or LIBER_TENSORRT_LLM_MODELS"
                 )
     others = {path.parent.name for path in repository.glob("*/config.pbtxt")} - set(models_of(layout))
-    if layout == "llmapi" and (repository / "tensorrt_llm" / "config.pbtxt").is_file():
-        found = read_config(repository / "tensorrt_llm" / "config.pbtxt").backend
-        others |= {"tensorrt_llm"} if found != "python" else set()
+    shared = repository / "tensorrt_llm" / "config.pbtxt"
+    if shared.is_file() and (read_config(shared).backend == "python") != (layout == "llmapi"):
+        others.add("tensorrt_llm of another layout")
     if others:
         raise ConfigurationError(
             f"{repository} holds {', '.join(sorted(others))}, which the layout {layout} does not have; name another "

@@ -8,9 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+"""The fixture made_once."""
 
 CONVERT_FLAGS = {
     "--model_dir", "--output_dir", "--dtype", "--tp_size", "--pp_size", "--cp_size", "--workers", "--use_weight_only",

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import MadeOnce
 from engine_harness import (
     A100,
     BUILD_FLAGS,
@@ -27,6 +26,7 @@ from engine_harness import (
     QUANTIZE_FLAGS,
     SWITCHES,
     Machine,
+    MadeOnce,
     change_config,
     make_machine,
     make_tiny_llama,
