@@ -88,7 +88,8 @@ def plan_engine(
         raise InvalidInputError(
             f"--calibration {calibration}: give a directory, and a --quantization that is calibrated (fp8, int4-awq)"
         )
-    checkpoint = find_checkpoint(model, dry_run=dry_run)
+    # Its weights are downloaded only when it is known that they are of use here.
+    checkpoint = find_checkpoint(model, dry_run=True)
     _require_plain(checkpoint)
     check_fit(checkpoint.shape, settings)
     sizes = sizes_of(checkpoint.shape, settings)
@@ -97,6 +98,7 @@ def plan_engine(
     if not dry_run:
         require_tools(tools, quantizes=quantizes)
         require_gpus(gpus, settings, sizes)
+        checkpoint = find_checkpoint(model)
     digests = checkpoint.digests()
     steps = plan_steps(
         checkpoint.directory,
@@ -127,20 +129,20 @@ def plan_llmapi(model: str, settings: EngineSettings, *, dry_run: bool = False) 
         InvalidInputError: the checkpoint or the settings cannot be used.
         ConfigurationError: the checkpoint is incomplete, or does not fit the GPUs that are there.
     """
-    checkpoint = find_checkpoint(model, dry_run=dry_run)
+    checkpoint = find_checkpoint(model, dry_run=True)
     check_fit(checkpoint.shape, settings)
     sizes = sizes_of(checkpoint.shape, settings)
     gpus = find_gpus()
     if gpus and not dry_run:
         require_gpus(gpus, settings, sizes)
-    return checkpoint, sizes
+    return checkpoint if dry_run else find_checkpoint(model), sizes
 
 
 def require_gpus(gpus: tuple[Gpu, ...], settings: EngineSettings, sizes: EngineSizes) -> None:
-    """Checks that an engine fits the GPUs that are there.
+    """Checks that an engine fits the GPUs that are there, were they idle.
 
     Raises:
-        ConfigurationError: too few GPUs, unlike ones, without fp8, or too little free memory.
+        ConfigurationError: too few GPUs, unlike ones, without fp8, or with too little memory.
     """
     if len(gpus) < settings.tp:
         raise ConfigurationError(
@@ -155,13 +157,7 @@ def require_gpus(gpus: tuple[Gpu, ...], settings: EngineSettings, sizes: EngineS
             f"{used[0].name} has compute capability {'.'.join(map(str, used[0].capability))}, and fp8 needs 8.9 (Ada, "
             "Hopper or later); use --quantization int4-awq or fp16"
         )
-    free = min(gpu.free for gpu in used)
-    if free < sizes.least:
-        raise ConfigurationError(
-            f"{gib(sizes.least)} of GPU memory are needed on each of {settings.tp}: {gib(sizes.weights)} weights, "
-            f"{gib(sizes.workspace)} workspace and the KV cache of one sequence; {used[0].name} has {gib(free)} free "
-            f"of {gib(used[0].total)}: use --quantization int4-awq, --tp 2, a smaller --max-seq-len, or a larger GPU"
-        )
+    _require_memory(min(gpu.total for gpu in used), f"{used[0].name} has", settings, sizes)
 
 
 def describe(plan: EnginePlan) -> list[str]:
@@ -208,9 +204,21 @@ def _require_plain(checkpoint: LlmCheckpoint) -> None:
         )
 
 
+def _require_memory(there: int, whose: str, settings: EngineSettings, sizes: EngineSizes) -> None:
+    if there < sizes.least:
+        raise ConfigurationError(
+            f"{gib(sizes.least)} of GPU memory are needed on each of {settings.tp}: {gib(sizes.weights)} weights, "
+            f"{gib(sizes.workspace)} workspace and the KV cache of one sequence; {whose} {gib(there)}: use "
+            "--quantization int4-awq, --tp 2, a smaller --max-seq-len, or a larger GPU"
+        )
+
+
 def _require_room(plan: EnginePlan, gpus: tuple[Gpu, ...]) -> None:
-    """Checks disk, and the memory that quantizing takes, for the steps that are to be run."""
+    """Checks what must be free of memory and disk for the steps that are to be run: none, if all are done."""
     due = [step for step in plan.steps if read_manifest(step) is None]
+    if due:
+        idle = min(gpu.free for gpu in gpus[: plan.settings.tp])
+        _require_memory(idle, f"{plan.gpu} is in use, and free are", plan.settings, plan.sizes)
     needed, free = int(len(due) * plan.sizes.disk * _SPARE_DISK), free_disk(plan.engine.parent)
     if free < needed:
         raise ConfigurationError(

@@ -271,6 +271,10 @@ def test_what_is_there_is_not_built_again(llama: Path, machine: Machine, tmp_pat
     assert machine.calls == ["convert", "build"]
     build(llama, machine, tmp_path / "out", EngineSettings(max_batch_size=8))
     assert machine.calls == ["convert", "build", "build"]
+    # A server holds the GPU's memory: to find that nothing is due takes none.
+    machine.set_gpus(H200.replace("143000", "500"))
+    build(llama, machine, tmp_path / "out")
+    assert machine.calls == ["convert", "build", "build"]
     machine.set_gpus(A100)
     build(llama, machine, tmp_path / "out")
     assert machine.calls == ["convert", "build", "build", "build"]
@@ -420,7 +424,12 @@ def test_versions_without_this_engine_flow_are_refused(
         (
             ("0, GPU-3, Tesla T4, 15360, 500, 7.5",),
             EngineSettings(),
-            r"1\.\d GiB of GPU memory are needed on each of 1: .* Tesla T4 has 0\.5 GiB free of 15\.0 GiB",
+            r"1\.\d GiB of GPU memory are needed on each of 1: .* Tesla T4 is in use, and free are 0\.5 GiB: use",
+        ),
+        (
+            ("0, GPU-5, Quadro P400, 1024, 1000, 6.1",),
+            EngineSettings(),
+            r"1\.\d GiB of GPU memory are needed on each of 1: .* Quadro P400 has 1\.0 GiB: use",
         ),
         (
             ("0, GPU-4, NVIDIA L4, 23034, 3000, 8.9",),

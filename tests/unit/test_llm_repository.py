@@ -283,7 +283,7 @@ def test_a_repository_that_cannot_be_written_is_told_before_anything_is_built(
 def test_the_llm_api_needs_no_engine(
     made_once: MadeOnce, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a version that has no engines any more, and too little memory being told all the same."""
+    """With a version that has no engines any more. Too little memory is told all the same."""
     machine = use(make_machine(tmp_path / "machine", version="1.3.0"), monkeypatch)
     llama = made_once("tiny-llama", make_tiny_llama)
     arguments = ("--model", llama, "--layout", "llmapi", "--repository", tmp_path / "models", "--image-models", image)
@@ -292,8 +292,8 @@ def test_the_llm_api_needs_no_engine(
     invoke(*arguments)
     assert json.loads((tmp_path / "models/tensorrt_llm/1/model.yaml").read_text())["model"] == str(llama)
     assert machine.calls == []
-    machine.set_gpus("0, GPU-3, Tesla T4, 15360, 500, 7.5")
-    with pytest.raises(ConfigurationError, match=r"Tesla T4 has 0.5 GiB free"):
+    machine.set_gpus("0, GPU-5, Quadro P400, 1024, 1000, 6.1")
+    with pytest.raises(ConfigurationError, match=r"Quadro P400 has 1.0 GiB"):
         invoke(*arguments)
     with pytest.raises(InvalidInputError, match="--layout llmapi builds no engine, only a model repository"):
         invoke("--model", llama, "--layout", "llmapi")
