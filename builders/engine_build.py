@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from builders.engine_plan import MANIFEST, EnginePlan, read_manifest
+from builders.engine_plan import MANIFEST, EnginePlan, due_steps, read_manifest
 from builders.engines import TOKENIZER, Step
 from builders.llm_checkpoint import identity
 from liber_runtime import __version__
@@ -49,15 +49,16 @@ def build_engine(plan: EnginePlan) -> Path:
     output = plan.engine.parent
     output.mkdir(parents=True, exist_ok=True)
     with _alone(output) as lock:
+        due = due_steps(plan)
         before: list[dict[str, Any]] = []
         for step in plan.steps:
-            manifest = read_manifest(step)
-            if manifest is not None:
-                console.print(f"{step.name}: already in {step.directory}", soft_wrap=True)
+            if step not in due:
+                console.print(f"{step.name}: done already, {step.directory}", soft_wrap=True)
             elif step.directory.exists():
                 console.print(f"{step.name}: {step.directory} is damaged; it is made anew", soft_wrap=True)
-            manifest = manifest or _make(step, plan, before, lock)
-            before.append({name: manifest[name] for name in ("step", "key", "command", "seconds")})
+            manifest = _make(step, plan, before, lock) if step in due else read_manifest(step)
+            if manifest is not None:
+                before.append({name: manifest[name] for name in ("step", "key", "command", "seconds")})
     return plan.engine
 
 

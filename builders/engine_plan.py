@@ -163,8 +163,9 @@ def require_gpus(gpus: tuple[Gpu, ...], settings: EngineSettings, sizes: EngineS
 def describe(plan: EnginePlan) -> list[str]:
     """The plan as lines of text: every command, the files there will be, memory and disk."""
     lines = [f"model: {plan.model}, {plan.checkpoint.shape.parameters:,} parameters"]
+    due = due_steps(plan)
     for step in plan.steps:
-        lines += [f"{step.name}:", f"  {shlex.join(step.command)}"]
+        lines += [f"{step.name}:" if step in due else f"{step.name}, done:", f"  {shlex.join(step.command)}"]
         lines += [f"  -> {step.directory / name}" for name in _files_of(step)]
     lines += describe_memory(plan.sizes, plan.settings)
     if plan.sizes.calibration:
@@ -196,6 +197,13 @@ def read_manifest(step: Step) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
+def due_steps(plan: EnginePlan) -> tuple[Step, ...]:
+    """The steps that are still to be run: none if the engine is there, whether or not its checkpoint still is."""
+    if read_manifest(plan.steps[-1]) is not None:
+        return ()
+    return tuple(step for step in plan.steps if read_manifest(step) is None)
+
+
 def _require_plain(checkpoint: LlmCheckpoint) -> None:
     if checkpoint.quantization is not None:
         raise InvalidInputError(
@@ -215,7 +223,7 @@ def _require_memory(there: int, whose: str, settings: EngineSettings, sizes: Eng
 
 def _require_room(plan: EnginePlan, gpus: tuple[Gpu, ...]) -> None:
     """Checks what must be free of memory and disk for the steps that are to be run: none, if all are done."""
-    due = [step for step in plan.steps if read_manifest(step) is None]
+    due = due_steps(plan)
     if due:
         idle = min(gpu.free for gpu in gpus[: plan.settings.tp])
         _require_memory(idle, f"{plan.gpu} is in use, and free are", plan.settings, plan.sizes)

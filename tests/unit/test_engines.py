@@ -36,7 +36,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders.engine_build import build_engine
-from builders.engine_plan import EnginePlan, plan_engine
+from builders.engine_plan import EnginePlan, describe, plan_engine
 from builders.engine_sizes import GIB, sizes_of
 from builders.engines import EngineSettings, Quantization, Tools, checkpoint_arguments, engine_arguments, plan_steps
 from builders.llm_checkpoint import (
@@ -285,6 +285,14 @@ def test_what_is_there_is_not_built_again(llama: Path, machine: Machine, tmp_pat
         file.write(b"\x12\x34")
     build(tuned, machine, tmp_path / "out")
     assert machine.calls[4:] == ["convert", "build"]
+
+
+def test_an_engine_does_without_the_checkpoint_it_was_made_of(llama: Path, machine: Machine, tmp_path: Path) -> None:
+    plan = build(llama, machine, tmp_path / "out")
+    assert [line for line in describe(plan) if line.endswith("done:")] == ["checkpoint, done:", "engine, done:"]
+    shutil.rmtree(plan.steps[0].directory)
+    build(llama, machine, tmp_path / "out")
+    assert machine.calls == ["convert", "build"]
 
 
 def test_a_damaged_engine_is_built_again(llama: Path, machine: Machine, tmp_path: Path) -> None:
