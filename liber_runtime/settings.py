@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any, ClassVar
+
 import pydantic
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from liber_runtime.exceptions import ConfigurationError
 from liber_runtime.processors import available_processors
 
 
-class Settings(BaseSettings):
+class _FromEnvironment(pydantic.BaseModel):
+    """Fields that come from variables of the environment; an empty one counts as unset, and what is given stands.
+
+    Not by pydantic-settings: every process of a server reads settings, and it takes each as long to import as numpy.
+    """
+
+    prefix: ClassVar[str] = "LIBER_"
+
+    def __init__(self, **given: Any) -> None:
+        found = {name: os.environ.get(self.variable(name)) for name in type(self).model_fields}
+        super().__init__(**{name: value for name, value in found.items() if value} | given)
+
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """The variable that holds a field."""
+        return cls.prefix + field.upper()
+
+
+class Settings(_FromEnvironment):
     """One place for what differs between a laptop, CI and production.
 
     Attributes:
@@ -22,8 +42,6 @@ class Settings(BaseSettings):
         threads: threads of one ONNX Runtime session; 0 for one per processor that the process may use.
         deadline_seconds: how long a scoring client waits for an answer.
     """
-
-    model_config = SettingsConfigDict(env_prefix="LIBER_", extra="ignore")
 
     store: str = "sqlite:///runs/memory.db"
     triton: str = "127.0.0.1:8001"
@@ -49,7 +67,7 @@ def load_settings() -> Settings:
         return Settings()
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
-        variable = "LIBER_" + str(problem["loc"][0]).upper()
+        variable = Settings.variable(str(problem["loc"][0]))
         raise ConfigurationError(
             f"{variable}={problem['input']!r} is not usable ({problem['msg']}); correct or unset it"
         ) from None
