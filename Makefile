@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 DATA ?=
-PROCESSES ?= 2
+# One more than the processors of a small machine: tests of servers wait a third of their time.
+PROCESSES ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup redis demo test unit lint types format check clean

@@ -23,7 +23,7 @@ from conftest import share_encoder
 from builders.datasets import Dataset, sample
 from liber_runtime.cli import application
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 240
 
 PLACES = ("--data", "data", "--store", "sqlite:///memory.db", "--output", "build", "--repository", "models")
 BUILD = ("build", *PLACES, "--dimension", 8, "--history", 10)
