@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 DATA ?=
-PROCESSES ?= 2
+# One more than the processors of a small machine: tests of servers wait a third of their time.
+PROCESSES ?= 3
 RANDOM_SECRETS := $(addprefix secrets/,store_password control_key grafana_password)
 
 .DEFAULT_GOAL := help

@@ -28,7 +28,7 @@ from builders.assembly import KNOWING, FittedFeatures, Fusion, fit_features, mak
 from builders.build import PCA_TEXTS, StoredVectors, prepare
 from builders.catalogue import embed_items, write_items
 from builders.datasets import Dataset
-from builders.embedding import Embedder, EmbeddingCache, Pair, open_encoder
+from builders.embedding import Pair, keep_embedders, open_embedder, open_encoder
 from builders.encoder import EMBEDDED, export_encoder
 from builders.hyperparameters import load_hyperparameters
 from builders.models import BACKBONES
@@ -203,15 +203,16 @@ def prepare_runs(
         return Prepared(fitted, fitted, data, parts, {}, None)
     spec = export_encoder(settings.encoder, directory)
     planned = plan(find_variant("liber"), samples, parts.training_part)
-    _fit_pca(write_pairs(planned, dataset, samples, writer, directory), spec, directory, settings)
-    with open_encoder(directory, spec, fingerprint(spec, directory / PCA)) as encoder:
-        vectors = {
-            texts: sample_vectors(
-                find_variant(texts), dataset, samples, rows, writer, encoder, directory, settings.refresh
-            )
-            for texts in wanted
-        }
-        items = embed_items(write_items(dataset, writer, directory), fitted.vocabulary.vocabulary, encoder)
+    with keep_embedders():
+        _fit_pca(write_pairs(planned, dataset, samples, writer, directory), spec, directory, settings)
+        with open_encoder(directory, spec, fingerprint(spec, directory / PCA)) as encoder:
+            vectors = {
+                texts: sample_vectors(
+                    find_variant(texts), dataset, samples, rows, writer, encoder, directory, settings.refresh
+                )
+                for texts in wanted
+            }
+            items = embed_items(write_items(dataset, writer, directory), fitted.vocabulary.vocabulary, encoder)
     knowing = with_knowledge(fitted, samples, parts, items)
     return Prepared(fitted, knowing, data, parts, vectors, items)
 
@@ -413,11 +414,6 @@ def _fit_pca(training: list[Pair], spec: EncoderSpec, directory: Path, settings:
     """On the texts that samples of the training part see, evenly chosen if there are too many."""
     if len(training) > PCA_TEXTS:
         training = [training[row] for row in np.linspace(0, len(training) - 1, PCA_TEXTS).astype(np.int64).tolist()]
-    cache = EmbeddingCache(directory / "embeddings.db", spec)
-    embedder = Embedder(directory, cache)
-    try:
+    with open_embedder(directory, spec) as (cache, embedder):
         embedder.embed(training)
         fit_pca(cache.get(training), settings.dimension, directory / PCA)
-    finally:
-        embedder.close()
-        cache.close()

@@ -10,10 +10,9 @@ there were stay, and are still made for new partitions, until the new bundle ser
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from builders.catalogue import embed_items, write_items
 from builders.checkpoint import training_key
 from builders.datasets import Dataset
 from builders.datasets.stored import load as load_stored
-from builders.embedding import Embedder, EmbeddingCache, Pair, open_encoder
+from builders.embedding import Pair, keep_embedders, open_embedder, open_encoder
 from builders.encoder import EMBEDDED, export_encoder
 from builders.export import export_backbone, export_fuser
 from builders.hyperparameters import Hyperparameters, load_hyperparameters
@@ -189,16 +188,6 @@ def encodings(store: MemoryStore) -> frozenset[str]:
     """Fingerprints of the vectors that are wanted; where nobody has said so yet, of those that are there."""
     statistics = store.statistics()
     return statistics.encodings or frozenset(statistics.vectors)
-
-
-@contextlib.contextmanager
-def _embedding(directory: Path, spec: EncoderSpec) -> Iterator[tuple[EmbeddingCache, Embedder]]:
-    with contextlib.ExitStack() as stack:
-        cache = EmbeddingCache(directory / "embeddings.db", spec)
-        stack.callback(cache.close)
-        embedder = Embedder(directory, cache)
-        stack.callback(embedder.close)
-        yield cache, embedder
 
 
 @dataclass(frozen=True)
@@ -485,11 +474,12 @@ def _make_bundle(
     settings: BuildSettings,
 ) -> tuple[Manifest, TrainingResult]:
     """What `build` and `reencode` have in common: everything after the texts."""
-    knowledge = fit_representations(store, dataset, samples, parts, directory / "knowledge", settings)
-    fitted = fit_for(dataset, samples, parts, settings)
+    with keep_embedders():
+        knowledge = fit_representations(store, dataset, samples, parts, directory / "knowledge", settings)
+        fitted = fit_for(dataset, samples, parts, settings)
+        items = know_items(dataset, writer, knowledge, fitted, settings)
     stored = read_vectors(store, samples, parts.training_part, knowledge, settings)
     rows, learned = _leave_out(parts, stored.reach(samples, parts.training_part))
-    items = know_items(dataset, writer, knowledge, fitted, settings)
     fitted = with_knowledge(fitted, samples, parts, items)
     data = prepare(stored, dataset, samples, rows, fitted)
     model = make_liber(fitted, items, settings)
@@ -614,7 +604,7 @@ def _fit_pca_once(training: Sequence[Pair], spec: EncoderSpec, directory: Path, 
         return
     note.unlink(missing_ok=True)
     building = directory / "pca.building"
-    with _embedding(directory, spec) as (cache, embedder):
+    with open_embedder(directory, spec) as (cache, embedder):
         embedder.embed(training)
         fit_pca(cache.get(training), settings.dimension, building)
     building.replace(directory / PCA)

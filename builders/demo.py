@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import log_loss, roc_auc_score
 
 from bench.environment import describe_machine, describe_versions
 from bench.inference_latency import measure
@@ -46,6 +45,8 @@ from builders.build import (
     write_texts,
 )
 from builders.datasets import Dataset, load
+from builders.embedding import keep_embedders
+from builders.evaluation import area_under_curve, log_loss
 from builders.models.backbone import Ranker
 from builders.models.fuser import AttentionFuser
 from builders.replay import Samples, Split, calls_per_user, replay, split
@@ -123,12 +124,13 @@ def _run(
         remember(store, dataset, dataset.behaviors[:test_begins])
     with watch.step("texts"):
         write_texts(store, StatisticalWriter())
-    with watch.step("encode"):
-        knowledge = fit_representations(store, dataset, samples, parts, directory / "knowledge", settings)
-    with watch.step("features"):
-        fitted = fit_for(dataset, samples, parts, settings)
-        items = know_items(dataset, StatisticalWriter(), knowledge, fitted, settings)
-        knowing = with_knowledge(fitted, samples, parts, items)
+    with keep_embedders():
+        with watch.step("encode"):
+            knowledge = fit_representations(store, dataset, samples, parts, directory / "knowledge", settings)
+        with watch.step("features"):
+            fitted = fit_for(dataset, samples, parts, settings)
+            items = know_items(dataset, StatisticalWriter(), knowledge, fitted, settings)
+            knowing = with_knowledge(fitted, samples, parts, items)
     stored = read_vectors(store, samples, parts.training_part, knowledge, settings)
     base_data = prepare(stored, dataset, samples, parts.training_part, fitted)
     data = prepare(stored, dataset, samples, parts.training_part, knowing)
@@ -179,7 +181,7 @@ def _run(
         "serving": {
             "samples": len(served),
             "max_abs_diff_vs_offline": float(np.abs(served - offline).max()),
-            "auc": float(roc_auc_score(test.label, served)),
+            "auc": area_under_curve(test.label, served),
             "seconds_per_1000": latency,
         },
         "writer": ", ".join(manifest.writers),
@@ -346,8 +348,8 @@ def _quality(
 ) -> dict[str, Any]:
     values = probability.astype(np.float64)
     return {
-        "auc": float(roc_auc_score(test.label, values)),
-        "logloss": float(log_loss(test.label, values, labels=[0, 1])),
+        "auc": area_under_curve(test.label, values),
+        "logloss": log_loss(test.label, values),
         "validation_auc": result.auc,
         "validation_logloss": result.logloss,
         "best_epoch": result.best_epoch,

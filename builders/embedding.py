@@ -8,6 +8,8 @@ import hashlib
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -172,17 +174,52 @@ class CachedEncoder:
 
 
 @contextlib.contextmanager
+def open_embedder(directory: Path, spec: EncoderSpec) -> Iterator[tuple[EmbeddingCache, Embedder]]:
+    """The embeddings of a directory, and what brings more into them.
+
+    Args:
+        directory: with encoder, tokenizer and embeddings, as `builders.build.fit_representations` leaves it.
+        spec: of the encoder.
+    """
+    kept = _kept.get()
+    with contextlib.ExitStack() if kept is None else contextlib.nullcontext(kept.stack) as stack:
+        opened = None if kept is None else kept.opened.get((directory, spec.digest))
+        if opened is None:
+            cache = EmbeddingCache(directory / "embeddings.db", spec)
+            stack.callback(cache.close)
+            opened = cache, Embedder(directory, cache)
+            stack.callback(opened[1].close)
+            if kept is not None:
+                kept.opened[directory, spec.digest] = opened
+        yield opened
+
+
+@dataclass(frozen=True)
+class _Kept:
+    stack: contextlib.ExitStack
+    opened: dict[tuple[Path, str], tuple[EmbeddingCache, Embedder]] = field(default_factory=dict)
+
+
+_kept: ContextVar[_Kept | None] = ContextVar("_kept", default=None)
+
+
+@contextlib.contextmanager
+def keep_embedders() -> Iterator[None]:
+    """What `open_embedder` opens stays open to the end of the block: its Triton starts once for all who ask."""
+    with contextlib.ExitStack() as stack:
+        before = _kept.set(_Kept(stack))
+        stack.callback(_kept.reset, before)
+        yield
+
+
+@contextlib.contextmanager
 def open_encoder(directory: Path, spec: EncoderSpec, fingerprint: str) -> Iterator[CachedEncoder]:
     """The encoder of a build, for texts beside its store.
 
     Args:
-        directory: with encoder, tokenizer, PCA and embeddings, as `builders.build.fit_representations` leaves it.
+        directory: as of `open_embedder`, with the PCA.
         spec: of the encoder.
         fingerprint: of encoder and PCA.
     """
-    with contextlib.ExitStack() as stack:
-        cache = EmbeddingCache(directory / "embeddings.db", spec)
-        stack.callback(cache.close)
-        embedder = Embedder(directory, cache)
-        stack.callback(embedder.close)
+    with open_embedder(directory, spec) as (cache, embedder):
         yield CachedEncoder(cache, embedder, directory / PCA, fingerprint)

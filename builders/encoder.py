@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from liber_runtime.bundle import ENCODER, ENCODER_SPEC, TOKENIZER, EncoderSpec, digest_of
 from liber_runtime.exceptions import ConfigurationError
@@ -87,6 +86,8 @@ def export_encoder(source: str, directory: Path) -> EncoderSpec:
 
 def _load(source: str) -> tuple[Any, Any]:
     location: str | Path = embedded_checkpoint() if source == EMBEDDED else source
+    import transformers  # takes a second, and a build mostly finds its encoder exported
+
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(location)

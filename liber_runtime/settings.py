@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pydantic
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from liber_runtime.credentials import check_control_key, read_secret
 from liber_runtime.exceptions import ConfigurationError
 from liber_runtime.processors import available_processors
 
 
-class Settings(BaseSettings):
+class _FromEnvironment(pydantic.BaseModel):
+    """Fields that come from variables of the environment; an empty one counts as unset, and what is given stands.
+
+    Not by pydantic-settings: every process of a server reads settings, and it takes each as long to import as numpy.
+    """
+
+    prefix: ClassVar[str] = "LIBER_"
+
+    def __init__(self, **given: Any) -> None:
+        found = {name: os.environ.get(self.variable(name)) for name in type(self).model_fields}
+        super().__init__(**{name: value for name, value in found.items() if value} | given)
+
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """The variable that holds a field."""
+        return cls.prefix + field.upper()
+
+
+class Settings(_FromEnvironment):
     """One place for what differs between a laptop, CI and production.
 
     Attributes:
@@ -31,8 +49,6 @@ class Settings(BaseSettings):
         control_key: what Triton's model control asks for; see `read_control_key`.
         control_key_file: a file that holds it.
     """
-
-    model_config = SettingsConfigDict(env_prefix="LIBER_", env_ignore_empty=True, extra="ignore")
 
     store: str = "sqlite:///runs/memory.db"
     triton: str = "127.0.0.1:8001"
@@ -67,7 +83,7 @@ class Settings(BaseSettings):
         return check_control_key(key) if key else ""
 
 
-class WriterSettings(BaseSettings):
+class WriterSettings(_FromEnvironment):
     """Which writer, and how it is called; ``docs/llm.md`` explains the choice.
 
     Attributes:
@@ -99,13 +115,9 @@ class WriterSettings(BaseSettings):
         trust_remote_code: transformers: whether code that comes with the checkpoint may run here.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="LIBER_WRITER_", env_ignore_empty=True, extra="ignore", populate_by_name=True
-    )
+    prefix: ClassVar[str] = "LIBER_WRITER_"
 
-    writer: Literal["statistical", "openai", "triton", "transformers"] = pydantic.Field(
-        default="statistical", validation_alias=pydantic.AliasChoices("LIBER_WRITER", "writer")
-    )
+    writer: Literal["statistical", "openai", "triton", "transformers"] = "statistical"
     url: str = ""
     model: str = ""
     api: Literal["chat", "completions"] = "chat"
@@ -131,8 +143,13 @@ class WriterSettings(BaseSettings):
     batch_size: int = pydantic.Field(default=8, ge=1)
     trust_remote_code: bool = False
 
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """See `_FromEnvironment.variable`."""
+        return "LIBER_WRITER" if field == "writer" else super().variable(field)
 
-S = TypeVar("S", bound=BaseSettings)
+
+S = TypeVar("S", bound=_FromEnvironment)
 
 
 def load_settings() -> Settings:
@@ -150,10 +167,7 @@ def load_writer_settings(**options: Any) -> WriterSettings:
     Raises:
         ConfigurationError: a variable or an option has an unusable value.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    if "writer" in given:
-        given["LIBER_WRITER"] = given.pop("writer")  # so that an error names the variable
-    return _load(WriterSettings, given)
+    return _load(WriterSettings, {name: value for name, value in options.items() if value is not None})
 
 
 def _load(kind: type[S], options: dict[str, Any]) -> S:
@@ -161,8 +175,7 @@ def _load(kind: type[S], options: dict[str, Any]) -> S:
         return kind(**options)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
-        name = str(problem["loc"][0])
-        variable = name if name.startswith("LIBER_") else f"{kind.model_config['env_prefix']}{name.upper()}"
+        variable = kind.variable(str(problem["loc"][0]))
         raise ConfigurationError(
             f"{variable}={problem['input']!r} is not usable ({problem['msg']}); correct or unset it"
         ) from None

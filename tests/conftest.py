@@ -66,6 +66,18 @@ def tiny_llama(made_once: MadeOnce) -> Path:
     return made_once("tiny-llama", lambda directory: make_tiny_llama(directory))
 
 
+@pytest.fixture(scope="session")
+def exported_other(made_once: MadeOnce, exported_encoder: Path, other_bert: Path) -> Path:
+    """The directory that `other_bert` was exported into over `tiny_bert`; not to be written to."""
+    from builders.encoder import export_encoder
+
+    def export_over(directory: Path) -> None:
+        shutil.copytree(exported_encoder, directory, dirs_exist_ok=True)
+        export_encoder(str(other_bert), directory)
+
+    return made_once("other-encoder", export_over)
+
+
 def make_tiny_bert(directory: Path, seed: int) -> Path:
     # Imported here, so that the runtime's tests also run where only the runtime is installed.
     import tokenizers

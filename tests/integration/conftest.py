@@ -106,8 +106,10 @@ def _small_settings(encoder: Path) -> BuildSettings:
 
 def share_encoder(exported: Path, directory: Path) -> None:
     """Puts an exported encoder where a build would export the same, which takes longer than all else it does here."""
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     for name in (ENCODER, ENCODER_SPEC, TOKENIZER):
+        # Another file, for the one before may be linked to.
+        (directory / name).unlink(missing_ok=True)
         shutil.copy2(exported / name, directory / name)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
+import psutil
 import pytest
-from conftest import Built
+from conftest import Built, share_encoder
 
 from builders.build import drain
 from builders.catalogue import embed_items, write_items
-from builders.embedding import EmbeddingCache, open_encoder
+from builders.embedding import EmbeddingCache, keep_embedders, open_embedder, open_encoder
 from builders.pca import fit_pca
 from builders.replay import replay, split
 from builders.variants import VARIANTS, sample_vectors
@@ -91,3 +92,24 @@ def test_variants_and_items_are_encoded_as_the_store_is(built: Built, store: Mem
     assert items.shape == (len(vocabulary.items) + 1, built.settings.dimension)
     assert not items[0].any()
     assert items[1:].any(axis=1).all()
+
+
+def test_who_asks_for_an_embedder_that_is_kept_gets_that_one(built: Built, tmp_path: Path) -> None:
+    share_encoder(built.directory / "knowledge", tmp_path)
+    spec = EncoderSpec.load(tmp_path)
+    with keep_embedders():
+        with open_embedder(tmp_path, spec) as (_, first):
+            first.embed([("one", "")])
+            processes = _tritons()
+        with open_embedder(tmp_path, spec) as (cache, second):
+            second.embed([("two", "")])
+            assert second is first
+            assert _tritons() == processes != set()
+            assert cache.get([("one", ""), ("two", "")]).shape == (2, spec.embedding_size)
+    assert not _tritons() & processes
+    with open_embedder(tmp_path, spec) as (_, third):
+        assert third is not first
+
+
+def _tritons() -> set[int]:
+    return {child.pid for child in psutil.Process().children() if child.name() == "tritonserver"}

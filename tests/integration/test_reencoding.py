@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Built, Matrix, Questions, Running, await_true, copy_build, opened
+from conftest import Built, Matrix, Questions, Running, await_true, copy_build, opened, share_encoder
 
 from builders import embedding
 from builders.build import reencode, switch
@@ -134,9 +134,10 @@ def held(store: MemoryStore) -> list[Timeline]:
 
 
 def test_requests_are_answered_from_the_old_vectors_and_then_from_the_new_ones(
-    system: Running, other_bert: Path
+    system: Running, other_bert: Path, exported_other: Path
 ) -> None:
     built, questions = system.built, Questions(system.built)
+    share_encoder(exported_other, built.directory / "knowledge")
     settings = dataclasses.replace(built.settings, encoder=str(other_bert), dimension=6)
     with opened(built) as store, ScoringClient(system.url) as client:
         before, old = held(store), questions.ask(client)

@@ -111,7 +111,8 @@ def require_seamless_switch(own: Running, questions: Questions, second: Built) -
 
     def ask(into: list[Matrix]) -> None:
         with ScoringClient(own.url, own_connection=True) as client:
-            while not stop.is_set():
+            # With a pause, for else they would take the processors that the new models need to start.
+            while not stop.wait(0.01):
                 try:
                     into.append(questions.ask(client))
                 except Exception as error:
@@ -169,8 +170,9 @@ def test_only_the_newest_two_versions_stay_and_serve(own: Running, questions: Qu
 
 
 def test_vectors_of_another_encoder_are_refused_until_their_bundle_is_back(
-    own: Running, questions: Questions, other_bert: Path, tmp_path: Path
+    own: Running, questions: Questions, other_bert: Path, exported_other: Path, tmp_path: Path
 ) -> None:
+    share_encoder(exported_other, tmp_path / "other" / "knowledge")
     foreign = rebuild(copy_build(own.built, tmp_path / "copy"), tmp_path / "other", encoder=str(other_bert))
     ours, theirs = own.built.manifest.fingerprint, foreign.manifest.fingerprint
     assert ours != theirs

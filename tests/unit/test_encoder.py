@@ -45,15 +45,24 @@ def test_a_checkpoint_that_is_no_bert_is_refused(tiny_bert: Path, tmp_path: Path
         export_encoder(str(checkpoint), tmp_path / "out")
 
 
-def test_an_encoder_is_exported_once(tiny_bert: Path, other_bert: Path, exported_encoder: Path, tmp_path: Path) -> None:
+def test_an_encoder_is_exported_once(tiny_bert: Path, exported_encoder: Path, tmp_path: Path) -> None:
     shutil.copytree(exported_encoder, tmp_path, dirs_exist_ok=True)
     first, made = EncoderSpec.load(tmp_path), (tmp_path / ENCODER).stat().st_mtime_ns
     assert export_encoder(str(tiny_bert), tmp_path) == first == EncoderSpec.load(tmp_path)
     assert (tmp_path / ENCODER).stat().st_mtime_ns == made
-    other = export_encoder(str(other_bert), tmp_path)
-    assert other == EncoderSpec.load(tmp_path)
+
+
+def test_another_encoder_takes_its_place(
+    other_bert: Path, exported_encoder: Path, exported_other: Path, tmp_path: Path
+) -> None:
+    first, other = EncoderSpec.load(exported_encoder), EncoderSpec.load(exported_other)
+    assert other.name == str(other_bert)
     assert other.digest != first.digest
-    assert (tmp_path / ENCODER).stat().st_mtime_ns != made
+    assert digest_of(exported_other / ENCODER) != digest_of(exported_encoder / ENCODER)
+    shutil.copytree(exported_other, tmp_path, dirs_exist_ok=True)
+    made = (tmp_path / ENCODER).stat().st_mtime_ns
+    assert export_encoder(str(other_bert), tmp_path) == other
+    assert (tmp_path / ENCODER).stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize(("rows", "dimension"), [(8, 8), (4, 8), (40, 33)])
