@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -132,8 +133,9 @@ def _run(step: Step, lock: int) -> None:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         short_of_memory = ", perhaps for want of memory" if status == -signal.SIGKILL else ""
         told = " | ".join(last) or "nothing"
+        program = " ".join(itertools.takewhile(lambda part: not part.startswith("--"), step.command))
         raise ConfigurationError(
-            f"{step.name}: {shlex.join(step.command[:2])} {how}{short_of_memory}; it said: {told}; all of it is in "
+            f"{step.name}: {program} {how}{short_of_memory}; it said: {told}; all of it is in "
             f"{step.log}, and what was done before is kept"
         )
 

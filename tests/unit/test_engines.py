@@ -308,7 +308,10 @@ def test_a_failing_command_is_told_and_what_was_done_before_is_kept(
 ) -> None:
     machine.make("fail-build")
     plan = plan_engine(str(llama), EngineSettings(), tmp_path / "out", examples=machine.examples)
-    with pytest.raises(ConfigurationError, match=r"status 3; it said: .*the GPU ran away \| with the spoon; all of it"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"trtllm-build ended with status 3; it said: .*the GPU ran away \| with the spoon; all of it",
+    ):
         build_engine(plan)
     assert plan.steps[1].log.read_text().endswith("the GPU ran away\nwith the spoon\n")
     assert not plan.engine.exists()
