@@ -61,6 +61,7 @@ class Layout:
 
     Attributes:
         name: as TensorRT-LLM calls it.
+        model: what the model that takes prompts is usually called.
         most_tokens: the input that bounds the answer; a model with it has the layout.
         sampling: what goes before ``temperature``, ``top_k``, ``top_p`` and ``seed``.
         switches: inputs that are set to true: the prompt does not come back, counts and reasons do.
@@ -68,6 +69,7 @@ class Layout:
     """
 
     name: str
+    model: str
     most_tokens: str
     sampling: str
     switches: tuple[str, ...]
@@ -77,6 +79,7 @@ class Layout:
 LAYOUTS = (
     Layout(
         "inflight_batcher_llm",
+        "ensemble",
         "max_tokens",
         "",
         ("exclude_input_in_output", "return_num_input_tokens", "return_num_output_tokens"),
@@ -84,6 +87,7 @@ LAYOUTS = (
     ),
     Layout(
         "llmapi",
+        "tensorrt_llm",
         "sampling_param_max_tokens",
         "sampling_param_",
         ("sampling_param_exclude_input_from_output", "return_finish_reason"),
@@ -110,17 +114,18 @@ class _Served:
 
 
 class TritonModel:
-    """A `LanguageModel` behind a Triton. An instance belongs to one event loop.
+    """A `LanguageModel` behind a Triton; in one event loop until it is closed, then in another if need be.
 
     A model with a decoupled transaction policy answers over a stream; that is found out with the first call.
 
     Args:
         url: host:port of Triton's gRPC endpoint.
-        model: the model's name there, e.g. ``ensemble``, ``tensorrt_llm_bls`` or ``tensorrt_llm``.
-        seconds: how long an answer may take.
+        model: the model's name there, e.g. ``tensorrt_llm_bls``; empty for the layout's usual one (``ensemble`` if that
+            is ``auto``).
+        seconds: until a call is given up. A Triton never answers a call whose model's process died in the middle of it.
         temperature: 0 for the likeliest token each time (greedy); above, tokens are drawn from all there are.
         seed: of the draws; None for the server's.
-        layout: ``inflight_batcher_llm`` or ``llmapi``; None for the one that the model has.
+        layout: ``inflight_batcher_llm`` or ``llmapi``; ``auto`` for the one that the model has.
         count: counts tokens where the model does not tell them; the LLM's own tokenizer, or None.
 
     Raises:
@@ -130,18 +135,19 @@ class TritonModel:
     def __init__(
         self,
         url: str,
-        model: str,
+        model: str = "",
         *,
-        seconds: float = 300.0,
+        seconds: float = 120.0,
         temperature: float = 0.0,
         seed: int | None = None,
-        layout: str | None = None,
+        layout: str = "auto",
         count: TokenCount | None = None,
     ) -> None:
         """Names the server and the model; connects at the first call."""
-        known = [each.name for each in LAYOUTS]
-        if layout is not None and layout not in known:
-            raise ConfigurationError(f"unknown layout {layout!r}; use one of {', '.join(known)}, or none")
+        layouts = [each for each in LAYOUTS if layout in (each.name, "auto")]
+        if not layouts:
+            known = ", ".join(each.name for each in LAYOUTS)
+            raise ConfigurationError(f"unknown layout {layout!r}; use one of {known}, or auto")
         if not 0.0 <= temperature < float("inf"):
             raise ConfigurationError(f"temperature {temperature:g} is not usable; give 0 or more, 1 for the LLM's own")
         if seed is not None and not 0 <= seed < 2**64:
@@ -149,11 +155,11 @@ class TritonModel:
         if not seconds > 0.0:
             raise ConfigurationError(f"a limit of {seconds:g} s lets no answer through; allow more than 0")
         self._url = url
-        self._model = model
+        self._model = model or layouts[0].model
+        self._layouts = layouts
         self._seconds = seconds
         self._temperature = temperature
         self._seed = seed
-        self._layout = layout
         self._count = count
         self._client: Any = None
         self._served: _Served | None = None
@@ -222,7 +228,7 @@ class TritonModel:
             )
         if status == "DEADLINE_EXCEEDED":
             message = f"no answer within {_LOOK_SECONDS:g} s"
-        raise WriterAwayError(f"no Triton answers at {self._url} ({message}); start it, or correct the address")
+        raise WriterAwayError(f"no Triton answers at {self._url} ({message}); start it, or correct LIBER_WRITER_URL")
 
     async def _explain_missing(self) -> NoReturn:
         """Why there is no such model, as far as the server tells."""
@@ -230,23 +236,25 @@ class TritonModel:
         try:
             index = await self._connected().get_model_repository_index(client_timeout=_LOOK_SECONDS)
         except InferenceServerException:
-            raise ConfigurationError(f"{missing}; name one that it serves") from None
+            raise ConfigurationError(f"{missing}; correct LIBER_WRITER_MODEL") from None
         mine = [entry for entry in index.models if entry.name == self._model]
         if mine:
             state = " ".join(part for part in (mine[-1].state, mine[-1].reason) if part) or "not loaded"
             raise WriterAwayError(f"{missing} at the moment ({state}); load it, or wait until it is") from None
         ready = sorted({entry.name for entry in index.models if entry.state == "READY"})
-        raise ConfigurationError(f"{missing}; it serves {', '.join(ready) or 'none'}") from None
+        raise ConfigurationError(
+            f"{missing}; it serves {', '.join(ready) or 'none'}: correct LIBER_WRITER_MODEL"
+        ) from None
 
     def _understand(self, metadata: Any) -> _Served:
         types = {tensor.name: tensor.datatype for tensor in metadata.inputs}
         outputs = {tensor.name: tensor.datatype for tensor in metadata.outputs}
-        layouts = [each for each in LAYOUTS if each.most_tokens in types and self._layout in (None, each.name)]
+        layouts = [each for each in self._layouts if each.most_tokens in types]
         if not layouts or types.get(_PROMPT) != "BYTES" or outputs.get(_TEXT) != "BYTES":
-            wanted = self._layout or " or ".join(each.name for each in LAYOUTS)
+            wanted = " or ".join(each.name for each in self._layouts)
             raise ConfigurationError(
                 f"{self._who} is no LLM of layout {wanted}: it takes {', '.join(sorted(types)) or 'nothing'} and gives "
-                f"{', '.join(sorted(outputs)) or 'nothing'}; name another model, or its layout"
+                f"{', '.join(sorted(outputs)) or 'nothing'}; correct LIBER_WRITER_MODEL, or LIBER_WRITER_LAYOUT"
             )
         rank = next(len(tensor.shape) for tensor in metadata.inputs if tensor.name == _PROMPT)
         return _Served(layouts[0], types, rank, tuple(name for name in _OUTPUTS if name in outputs))
@@ -367,13 +375,14 @@ class TritonModel:
             raise PromptRefusedError(f"{self._who} refuses the prompt: {message}") from None
         if status == "UNAVAILABLE" and _NEVER_CONNECTED.search(message):
             raise WriterAwayError(
-                f"no Triton answers at {self._url} ({message}); start it, or correct the address"
+                f"no Triton answers at {self._url} ({message}); start it, or correct LIBER_WRITER_URL"
             ) from None
         if _FULL.search(message) or (status == "UNAVAILABLE" and _NOT_NOW.search(message)):
             raise BusyError(f"{self._who} takes no call just now: {message}") from None
         if status == "DEADLINE_EXCEEDED":
             raise LiberError(
-                f"{self._who} did not answer within {self._seconds:g} s; allow it more, or fewer calls in flight"
+                f"{self._who} did not answer within {self._seconds:g} s; raise LIBER_WRITER_TIMEOUT_SECONDS, "
+                "or have fewer calls in flight"
             ) from None
         if self._never_began(status, message):
             # It may be another model by now: the next call asks anew.

@@ -32,12 +32,15 @@ def write_llm_repository(repository: Path, engine: str) -> Path:
     """The models of both layouts.
 
     ``ensemble`` and ``tensorrt_llm_bls`` (`inflight_batcher_llm`), ``tensorrt_llm`` (`llmapi`), ``tensorrt_llm_stream``
-    (the same, decoupled), ``tensorrt_llm_full`` (the same; one call may wait, and it has one instance that is always
-    busy), and ``adder``, which is no LLM.
+    (the same, decoupled) and ``tensorrt_llm_queued`` (one call at a time, and one more may wait).
     """
     _write(repository / "tensorrt_llm", "llmapi", engine, _LLMAPI_INPUTS, _LLMAPI_OUTPUTS)
     streaming = "model_transaction_policy { decoupled: true }\n"
     _write(repository / "tensorrt_llm_stream", "llmapi", engine, _LLMAPI_INPUTS, _LLMAPI_OUTPUTS, streaming)
+    queued = "dynamic_batching { default_queue_policy { max_queue_size: 1 } }\n" + _parameter("waits", "yes")
+    _write(
+        repository / "tensorrt_llm_queued", "inflight_batcher_llm", engine, _INFLIGHT_INPUTS, _INFLIGHT_OUTPUTS, queued
+    )
     _write(repository / "tensorrt_llm_bls", "inflight_batcher_llm", engine, _INFLIGHT_INPUTS, _INFLIGHT_OUTPUTS)
     inputs = "".join(_pair("input_map", name) for name in _INFLIGHT_INPUTS)
     outputs = "".join(_pair("output_map", name) for name in _INFLIGHT_OUTPUTS)
@@ -60,7 +63,7 @@ def _write(
     (directory / "1").mkdir(parents=True)
     shutil.copy2(_MODEL, directory / "1" / "model.py")
     (directory / "config.pbtxt").write_text(
-        f'name: "{directory.name}"\nbackend: "python"\nmax_batch_size: {0 if layout == "llmapi" else 8}\n'
+        f'name: "{directory.name}"\nbackend: "python"\nmax_batch_size: {_batch(layout, more)}\n'
         + _tensors("input", inputs)
         + _tensors("output", outputs)
         + _parameter("layout", layout)
@@ -68,6 +71,10 @@ def _write(
         + "instance_group [{ kind: KIND_CPU count: 1 }]\n"
         + more
     )
+
+
+def _batch(layout: str, more: str) -> int:
+    return 0 if layout == "llmapi" else 1 if "max_queue_size" in more else 8
 
 
 def _tensors(kind: str, types: dict[str, str]) -> str:

@@ -322,7 +322,7 @@ class TestRefusals:
         monkeypatch.setattr(fake, "_ask", hang)
         monkeypatch.setattr("liber_runtime.writers.triton._LOOK_SECONDS", 0.1)
         hanging = "infer"
-        with pytest.raises(LiberError, match=r"did not answer within 0\.1 s; allow it more") as raised:
+        with pytest.raises(LiberError, match=r"did not answer within 0\.1 s; raise LIBER_WRITER_TIMEOUT") as raised:
             await open_model(seconds=0.1).generate("a", 4)
         assert not isinstance(raised.value, WriterAwayError)
         hanging = "metadata"
@@ -335,12 +335,16 @@ class TestCheck:
         fake.refusals["metadata"] = ("NOT_FOUND", "Request for unknown model: 'ensemble' is not found")
         fake.index = {"llama": "READY", "bert": "READY", "old": "UNAVAILABLE"}
         model = open_model()
-        with pytest.raises(ConfigurationError, match=r"has no model 'ensemble'; it serves bert, llama$"):
+        with pytest.raises(
+            ConfigurationError, match=r"has no model 'ensemble'; it serves bert, llama: correct LIBER_WRITER_MODEL$"
+        ):
             await model.check()
-        with pytest.raises(WriterAwayError, match=r"has no model 'ensemble'; it serves bert, llama$"):
+        with pytest.raises(
+            WriterAwayError, match=r"has no model 'ensemble'; it serves bert, llama: correct LIBER_WRITER_MODEL$"
+        ):
             await model.generate("a", 4)
         fake.refusals["index"] = ("UNAVAILABLE", "This protocol is restricted")
-        with pytest.raises(ConfigurationError, match=r"has no model 'ensemble'; name one that it serves$"):
+        with pytest.raises(ConfigurationError, match=r"has no model 'ensemble'; correct LIBER_WRITER_MODEL$"):
             await model.check()
 
     async def test_a_model_that_is_not_loaded(self, fake: Fake, open_model: Open) -> None:
@@ -356,7 +360,7 @@ class TestCheck:
 
     async def test_what_is_no_llm(self, fake: Fake, open_model: Open) -> None:
         fake.inputs, fake.outputs = {"summary": "BYTES", "shift": "BYTES"}, {"representation": "FP32"}
-        with pytest.raises(ConfigurationError, match=r"takes shift, summary and gives representation; name another"):
+        with pytest.raises(ConfigurationError, match=r"takes shift, summary and gives representation; correct LIBER"):
             await open_model().check()
 
     async def test_another_layout(self, fake: Fake, open_model: Open) -> None:
@@ -369,10 +373,15 @@ class TestCheck:
         with pytest.raises(ConfigurationError, match=r"does not say what model 'ensemble' takes .*'metadata'"):
             await open_model().check()
 
+    def test_the_usual_names(self) -> None:
+        named = {layout: TritonModel("127.0.0.1:8001", layout=layout).name for layout in ("auto", "llmapi")}
+        assert named == {"auto": "triton:ensemble", "llmapi": "triton:tensorrt_llm"}
+        assert TritonModel("127.0.0.1:8001", "llama").name == "triton:llama"
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"layout": "vllm"}, "unknown layout 'vllm'; use one of inflight_batcher_llm, llmapi"),
+            ({"layout": "vllm"}, "unknown layout 'vllm'; use one of inflight_batcher_llm, llmapi, or auto"),
             ({"temperature": -0.5}, "temperature -0.5 is not usable"),
             ({"temperature": float("nan")}, "temperature nan is not usable"),
             ({"seed": -1}, "seed -1 is not usable"),

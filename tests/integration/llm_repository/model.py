@@ -21,12 +21,19 @@ class TritonPythonModel:
         said = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.engine = said["engine"]
         self.llmapi = said["layout"] == "llmapi"
+        self.waits = "waits" in said
         self.decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
 
     def execute(self, requests):
         # Each call waits for itself, so that the engine can compute together what is in flight.
-        for request in requests:
-            threading.Thread(target=self.answer, args=(request, request.get_response_sender())).start()
+        calls = [
+            threading.Thread(target=self.answer, args=(request, request.get_response_sender())) for request in requests
+        ]
+        for call in calls:
+            call.start()
+        if self.waits:
+            for call in calls:
+                call.join()
 
     def answer(self, request, sender):
         try:
