@@ -235,7 +235,7 @@ class TestWorker:
             writer,
             None,
             concurrency=IN_FLIGHT,
-            max_attempts=30,
+            max_attempts=100,
             backoff_seconds=0.05,
             max_backoff_seconds=0.5,
             idle_seconds=0.02,

@@ -279,6 +279,7 @@ REFUSALS = [
     ("NOT_FOUND", "Request for unknown model: 'ensemble' is not found", WriterAwayError, "does not take the call"),
     ("UNAVAILABLE", "This protocol is restricted, expecting header 'key'", WriterAwayError, "does not take the call"),
     ("PERMISSION_DENIED", "no", WriterAwayError, "does not take the call: no"),
+    ("INTERNAL", "the adapter failed to connect to its store", LiberError, "failed: INTERNAL: the adapter"),
     ("INTERNAL", "Stub process 'x_0_0' is not healthy.", LiberError, "failed: INTERNAL: Stub process"),
     ("INTERNAL", "The worker was not ready to compute this", LiberError, "failed: INTERNAL"),
     ("CANCELLED", "Request cancelled by client", LiberError, "failed: CANCELLED"),
