@@ -203,12 +203,17 @@ def written(store: MemoryStore) -> Iterator[tuple[PartitionRecord, PartitionReco
             before = record
 
 
-def kill_stub(server: TritonServer, model: str) -> None:
+def kill_stub(server: TritonServer) -> None:
     for child in psutil.Process(server.process_id).children():
         with contextlib.suppress(psutil.Error):
             stub = parse_stub(child.cmdline())
-            if stub is not None and stub.model.name == model:
+            if stub is not None and stub.model.name == "tensorrt_llm":
                 child.kill()
+
+
+def kill_server(server: TritonServer) -> None:
+    assert server.process_id is not None
+    os.kill(server.process_id, signal.SIGKILL)
 
 
 class TestWorker:
@@ -250,21 +255,28 @@ class TestWorker:
         ]
         hanging = [Fault(seconds=PATIENCE_SECONDS)] * 3
         stubs, servers = server.stub_restarts, server.server_restarts
-        asked, answered = len(engine.asked), engine.answered
+        asked = len(engine.asked)
+
+        def warm_ups() -> int:
+            return sum(question["max_tokens"] == 1 for question in engine.asked[asked:])
+
+        async def answers(count: int) -> None:
+            before = engine.answered
+            await until(lambda: engine.answered >= before + count)
 
         async def disturb() -> None:
-            await until(lambda: engine.answered >= answered + 6)
+            # One of summaries and one of shifts; what goes wrong with those is no step's.
+            await until(lambda: warm_ups() == 2)
+            await answers(4)
             engine.faults.extend(garbage)
-            await until(lambda: engine.answered >= answered + 18)
-            engine.faults.extend(hanging)
-            await until(lambda: not engine.faults)
-            kill_stub(server, "tensorrt_llm")
-            await until(lambda: server.stub_restarts == stubs + 1 and engine.answered >= answered + 34)
-            engine.faults.extend(hanging)
-            await until(lambda: not engine.faults)
-            assert server.process_id is not None
-            os.kill(server.process_id, signal.SIGKILL)
-            await until(lambda: server.server_restarts == servers + 1)
+            await answers(8)
+            for kill in (kill_stub, kill_server):
+                engine.faults.extend(hanging)
+                await until(lambda: not engine.faults)
+                kill(server)
+                await until(lambda: server.stub_restarts == stubs + 1)
+                await answers(4)
+            assert server.server_restarts == servers + 1
 
         report, _ = await asyncio.gather(worker.drain(), disturb())
 
@@ -272,8 +284,8 @@ class TestWorker:
         assert (report.summaries, report.shifts) == (USERS * PARTITIONS, USERS * (PARTITIONS - 1))
         assert (report.dead, report.discarded, report.lost) == (0, 0, 0)
         assert set(store.statistics().pending.values()) <= {0, USERS * PARTITIONS}  # all that is left is to encode
-        warm_ups = 2
-        repeats = len(engine.asked) - asked - warm_ups - steps
+        assert warm_ups() == 2
+        repeats = len(engine.asked) - asked - warm_ups() - steps
         assert len(garbage) + 2 * len(hanging) <= repeats <= len(garbage) + 2 * IN_FLIGHT
         assert repeats <= report.repeated
 
