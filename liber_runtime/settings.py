@@ -95,6 +95,7 @@ class WriterSettings(_FromEnvironment):
         api_key: openai: a secret; nothing shows it.
         api_key_file: a file that holds it instead.
         layout: triton: inflight_batcher_llm or llmapi; auto asks the server.
+        tls: triton: whether its Triton is reached over TLS too, where ``LIBER_TLS_CA`` is set.
         tokenizer: the LLM's tokenizer.json or tokenizer.model, to count with; without it an estimate is used.
         chat_template: a Jinja file, for endpoints that take bare text and chat models.
         context_tokens: most tokens of prompt and answer.
@@ -124,6 +125,7 @@ class WriterSettings(_FromEnvironment):
     api_key: pydantic.SecretStr = pydantic.SecretStr("")
     api_key_file: Path | None = None
     layout: Literal["auto", "inflight_batcher_llm", "llmapi"] = "auto"
+    tls: bool = True
     tokenizer: Path | None = None
     chat_template: Path | None = None
     context_tokens: int = pydantic.Field(default=4096, ge=1)

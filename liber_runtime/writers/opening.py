@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from liber_runtime.credentials import read_secret
 from liber_runtime.exceptions import ConfigurationError
-from liber_runtime.settings import WriterSettings
+from liber_runtime.settings import WriterSettings, load_settings
 from liber_runtime.writers import Writer
 from liber_runtime.writers.llm import LanguageModel, LLMWriter, Patience
 from liber_runtime.writers.pricing import Price
@@ -53,7 +53,7 @@ def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting]:
         _require(settings, "url", "the endpoint, e.g. http://127.0.0.1:8000/v1")
         _require(settings, "model", "what the endpoint calls the LLM")
         key = read_secret("LIBER_WRITER_API_KEY", settings.api_key.get_secret_value(), settings.api_key_file)
-        model = OpenAIModel(
+        model: LanguageModel = OpenAIModel(
             settings.url,
             settings.model,
             api=settings.api,
@@ -63,6 +63,23 @@ def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting]:
             seconds=settings.timeout_seconds,
         )
         return model, _prompting(settings)
+    if settings.writer == "triton":
+        from liber_runtime.writers.triton import TritonModel
+
+        _require(settings, "url", "host:port of the gRPC endpoint of the LLM's Triton")
+        prompting = _prompting(settings)
+        connection = load_settings()
+        model = TritonModel(
+            settings.url,
+            settings.model,
+            seconds=settings.timeout_seconds,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            layout=settings.layout,
+            count=prompting.count if settings.tokenizer is not None else None,
+            settings=connection if settings.tls else connection.without_tls,
+        )
+        return model, prompting
     raise ConfigurationError(f"no writer is called {settings.writer!r}")
 
 
