@@ -13,7 +13,7 @@ from liber_runtime.exceptions import InvalidInputError
 from liber_runtime.progress import console
 
 if TYPE_CHECKING:
-    from builders.engines import EngineSettings
+    from builders.llm.engines import EngineSettings
 
 Quantization: TypeAlias = Literal["fp16", "fp8", "int4-awq"]
 Layout: TypeAlias = Literal["inflight_batcher_llm", "llmapi"]
@@ -62,10 +62,10 @@ def engine(
     What is in --output already is not built again. Runs in NVIDIA's image with TensorRT-LLM; --dry-run runs anywhere.
     """
     with needs_builders():
-        from builders.engine_build import build_engine
-        from builders.engine_plan import describe, plan_engine
-        from builders.engines import EngineSettings
-        from builders.llm_repository import LlmService, check_repository, models_of, write_repository
+        from builders.llm.building import build_engine
+        from builders.llm.engines import EngineSettings
+        from builders.llm.plan import describe, plan_engine
+        from builders.llm.repository import LlmService, check_repository, models_of, write_repository
 
         settings = EngineSettings(quantization, int(tp), max_batch_size, max_input_len, max_seq_len, max_num_tokens)
         if layout == "llmapi":
@@ -95,8 +95,8 @@ def engine(
 def _serve_checkpoint(
     model: str, settings: EngineSettings, repository: Path | None, image_models: Path, dry_run: bool
 ) -> None:
-    from builders.engine_plan import describe_memory, plan_llmapi
-    from builders.llm_repository import LlmService, check_llmapi, check_repository, models_of, write_repository
+    from builders.llm.plan import describe_memory, plan_llmapi
+    from builders.llm.repository import LlmService, check_llmapi, check_repository, models_of, write_repository
 
     if repository is None:
         raise InvalidInputError("--layout llmapi builds no engine, only a model repository; name it by --repository")

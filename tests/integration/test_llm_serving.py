@@ -9,8 +9,8 @@ import numpy.typing as npt
 import tritonclient.grpc as triton
 from llm_image import ENGINE, make_image
 
-from builders.engines import EngineSettings
-from builders.llm_repository import LlmService, write_repository
+from builders.llm.engines import EngineSettings
+from builders.llm.repository import LlmService, write_repository
 from liber_runtime.server import TritonServer
 
 

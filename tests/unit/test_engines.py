@@ -35,11 +35,8 @@ from engine_harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders.engine_build import build_engine
-from builders.engine_plan import EnginePlan, describe, plan_engine
-from builders.engine_sizes import GIB, sizes_of
-from builders.engines import EngineSettings, Quantization, Tools, checkpoint_arguments, engine_arguments, plan_steps
-from builders.llm_checkpoint import (
+from builders.llm.building import build_engine
+from builders.llm.checkpoint import (
     LLAMA2_7B,
     LLAMA2_13B,
     LlamaShape,
@@ -47,6 +44,9 @@ from builders.llm_checkpoint import (
     find_checkpoint,
     open_llm_checkpoint,
 )
+from builders.llm.engines import EngineSettings, Quantization, Tools, checkpoint_arguments, engine_arguments, plan_steps
+from builders.llm.plan import EnginePlan, describe, plan_engine
+from builders.llm.sizes import GIB, sizes_of
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError, LiberError
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("fp16", "fp8", "int4-awq")
@@ -477,7 +477,7 @@ def test_a_failing_driver_is_told(llama: Path, machine: Machine, tmp_path: Path)
 
 
 def test_a_full_disk_is_told(llama: Path, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builders.engine_plan.free_disk", lambda directory: 1000)
+    monkeypatch.setattr("builders.llm.plan.free_disk", lambda directory: 1000)
     with pytest.raises(ConfigurationError, match=r"GiB of disk are needed in .* and 0\.0 GiB are free"):
         build(llama, machine, tmp_path / "out")
 
@@ -596,7 +596,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 ASK = """
 import sys
-from builders.llm_checkpoint import find_checkpoint
+from builders.llm.checkpoint import find_checkpoint
 from liber_runtime.exceptions import ConfigurationError
 for model in sys.argv[1:]:
     for dry_run in (False, True):

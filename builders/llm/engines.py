@@ -6,7 +6,7 @@ made again, and engines of several settings lie side by side.
 
 The flags are those of TensorRT-LLM 1.0 to 1.2, the last versions with engines. Paged cache, blocks of 32 tokens and
 paged-context attention are named although they are defaults of 1.2: block reuse and chunked context, which are switched
-on where the engine is served (`llm_repository`), need them, and older versions had other defaults.
+on where the engine is served (`repository`), need them, and older versions had other defaults.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from builders.llm_checkpoint import LlamaShape
+from builders.llm.checkpoint import LlamaShape
 from liber_runtime.exceptions import InvalidInputError
 
 Quantization: TypeAlias = Literal["fp16", "fp8", "int4-awq"]

@@ -11,7 +11,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from builders.engines import Tools
+from builders.llm.engines import Tools
 from liber_runtime.exceptions import ConfigurationError
 
 EXAMPLES = (Path("/app/examples"), Path("/app/tensorrt_llm/examples"))

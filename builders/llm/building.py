@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from builders.engine_plan import MANIFEST, EnginePlan, due_steps, read_manifest
-from builders.engines import TOKENIZER, Step
-from builders.llm_checkpoint import identity
+from builders.llm.checkpoint import identity
+from builders.llm.engines import TOKENIZER, Step
+from builders.llm.plan import MANIFEST, EnginePlan, due_steps, read_manifest
 from liber_runtime import __version__
 from liber_runtime.bundle import digest_of
 from liber_runtime.exceptions import ConfigurationError

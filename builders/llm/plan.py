@@ -9,10 +9,18 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from builders.engine_sizes import EngineSizes, gib, sizes_of
-from builders.engines import CALIBRATION_DATA, TOKENIZER, EngineSettings, Step, check_fit, plan_steps
-from builders.llm_checkpoint import FileDigests, LlmCheckpoint, find_checkpoint, identity
-from builders.machine import Gpu, find_gpus, find_tools, free_disk, installed_versions, require_engines, require_tools
+from builders.llm.checkpoint import FileDigests, LlmCheckpoint, find_checkpoint, identity
+from builders.llm.engines import CALIBRATION_DATA, TOKENIZER, EngineSettings, Step, check_fit, plan_steps
+from builders.llm.machine import (
+    Gpu,
+    find_gpus,
+    find_tools,
+    free_disk,
+    installed_versions,
+    require_engines,
+    require_tools,
+)
+from builders.llm.sizes import EngineSizes, gib, sizes_of
 from liber_runtime.bundle import digest_of
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from builders.engines import AWQ_GROUP, EngineSettings
-from builders.llm_checkpoint import LlamaShape
+from builders.llm.checkpoint import LlamaShape
+from builders.llm.engines import AWQ_GROUP, EngineSettings
 
 GIB = 1 << 30
 

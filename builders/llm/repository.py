@@ -7,7 +7,7 @@
 
 The Python models belong to the version of TensorRT-LLM that runs them: their code and the tensors they declare are
 copied out of NVIDIA's image while the repository is written. The configurations of ``tensorrt_llm`` and ``ensemble``
-for engines are in ``llm_models/``: they name the part of the backend's tensors that is needed here. Afterwards the
+for engines are in ``models/``: they name the part of the backend's tensors that is needed here. Afterwards the
 whole is checked as one: each step of the ensemble gets what it needs, of the type it takes.
 """
 
@@ -24,9 +24,9 @@ from typing import Any, Literal, TypeAlias
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from builders.engine_sizes import CACHE_FRACTION
-from builders.engines import TOKENIZER, EngineSettings
-from builders.llm_checkpoint import LlmCheckpoint
+from builders.llm.checkpoint import LlmCheckpoint
+from builders.llm.engines import TOKENIZER, EngineSettings
+from builders.llm.sizes import CACHE_FRACTION
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.server.repository import ModelConfig, read_config
 
@@ -35,7 +35,7 @@ Layout: TypeAlias = Literal["inflight_batcher_llm", "llmapi"]
 IMAGE_MODELS = Path("/app/all_models")
 """Where NVIDIA's image has the models of every layout."""
 
-DESCRIPTION = Path(__file__).resolve().parent / "llm_models"
+DESCRIPTION = Path(__file__).resolve().parent / "models"
 
 COPIED: Mapping[Layout, tuple[str, ...]] = {
     "inflight_batcher_llm": ("preprocessing", "postprocessing"),
