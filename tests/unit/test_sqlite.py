@@ -239,6 +239,20 @@ def test_a_store_of_the_first_schema_is_brought_up_to_date(path: Path) -> None:
     store.close()
 
 
+def test_statistics_walk_through_nothing_that_grows(store: SQLiteStore) -> None:
+    asked: list[str] = []
+    with store._file.read() as db:
+        db.set_trace_callback(asked.append)
+    store.statistics()
+    with store._file.read() as db:
+        db.set_trace_callback(None)
+        queries = [query for query in asked if query.startswith("SELECT")]
+        plans = {step[3] for query in queries for step in db.execute(f"EXPLAIN QUERY PLAN {query}")}
+    walks = {plan for plan in plans if plan.startswith("SCAN")}
+    assert walks == {"SCAN counters", "SCAN encodings"}
+    assert any("steps_by_since" in plan for plan in plans - walks)
+
+
 # -- group commit ----------------------------------------------------------------------------------------------------
 
 
