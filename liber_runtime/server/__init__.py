@@ -54,7 +54,7 @@ class TritonServer:
         http_port: 0 for any free port, which then stays the same for the life of this object; so for the next two.
         grpc_port: see `http_port`.
         metrics_port: see `http_port`.
-        security: TLS and the control key.
+        security: TLS and the control key; without it nothing is asked of callers.
         environment: variables for the server and its models' processes, over this process's own.
         python: an interpreter whose directory holds the `python3` that models run; numpy < 2 must be in it.
         start_timeout: seconds until all models must be loaded; also the limit of a later load.
@@ -72,7 +72,7 @@ class TritonServer:
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
-        security: Security = Security(),  # noqa: B008  (frozen)
+        security: Security | None = None,
         environment: Mapping[str, str] | None = None,
         python: Path = Path(sys.executable),
         start_timeout: float = 120.0,
@@ -82,9 +82,9 @@ class TritonServer:
         self.log_file = log_file.absolute()
         self.host = host
         self._models = tuple(models)
-        self._security = security
+        self._security = security or Security()
         # Triton's HTTP has no TLS, and serves all that its gRPC does.
-        http_host = "127.0.0.1" if security.certificate is not None and not _is_loopback(host) else host
+        http_host = "127.0.0.1" if self._security.certificate is not None and not _is_loopback(host) else host
         self._hosts = {"http": http_host, "grpc": host, "metrics": host}
         self._requested_ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._ports = dict(self._requested_ports)
