@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from liber_runtime.behavior import Domain, Item
-from liber_runtime.exceptions import InvalidInputError
+from liber_runtime.exceptions import InvalidInputError, UnusableAnswerError
 from liber_runtime.interest import PartitionPrompt, ShiftPrompt, SummaryPrompt
 from liber_runtime.memory import Task
 
@@ -31,17 +31,17 @@ def checked_text(text: str, writer: str) -> str:
     """A writer's answer, if it can be kept.
 
     Raises:
-        InvalidInputError: it is empty, too long, or not text.
+        UnusableAnswerError: it is empty, too long, or not text.
     """
     text = text.strip()
     if not text:
-        raise InvalidInputError(f"writer {writer!r} answered with nothing")
+        raise UnusableAnswerError(f"writer {writer!r} answered with nothing")
     if len(text) > MAX_TEXT_CHARACTERS:
-        raise InvalidInputError(
+        raise UnusableAnswerError(
             f"writer {writer!r} answered with {len(text)} characters; bound its answers to {MAX_TEXT_CHARACTERS}"
         )
     if "\x00" in text or not _is_unicode(text):
-        raise InvalidInputError(f"writer {writer!r} answered with characters that are not text: {text!r:.80}")
+        raise UnusableAnswerError(f"writer {writer!r} answered with characters that are not text: {text!r:.80}")
     return text
 
 
