@@ -13,7 +13,13 @@ from builders.catalogue import embed_items, write_items
 from builders.datasets import Dataset, sample, stored
 from builders.texts import CALLS_IN_FLIGHT, encode_pairs, write_prompts
 from liber_runtime.behavior import Item
-from liber_runtime.exceptions import ConfigurationError, InvalidInputError, LiberError, WriterAwayError
+from liber_runtime.exceptions import (
+    ConfigurationError,
+    InvalidInputError,
+    LiberError,
+    UnusableAnswerError,
+    WriterAwayError,
+)
 from liber_runtime.interest import ItemPrompt, Prompt, SummaryPrompt
 from liber_runtime.memory.sqlite import SQLiteStore
 from liber_runtime.partition import Count
@@ -141,7 +147,7 @@ def test_an_answer_that_is_no_text_is_refused(tmp_path: Path) -> None:
         async def write(self, prompt: Prompt) -> Completion:
             return Completion("  ")
 
-    with pytest.raises(InvalidInputError, match="'mute' answered with nothing"):
+    with pytest.raises(UnusableAnswerError, match="'mute' answered with nothing"):
         ask(Mute("mute"), tmp_path, Item("1", "Ran"))
 
 
