@@ -153,6 +153,34 @@ def test_extras_that_are_installed_exist() -> None:
     assert installed <= set(re.findall(r"(?m)^(\w+) = \[", declared)) | PENDING
 
 
+PACKAGES = {
+    "serve": {"pytriton", "onnx", "onnxruntime", "tokenizers"},
+    "parquet": {"polars"},
+    "kafka": {"confluent_kafka"},
+    "redis": {"redis"},
+    "build": {"torch", "transformers", "faiss", "sklearn", "onnxscript"},
+    "llm": {"openai", "tenacity", "sentencepiece", "tokenizers"},
+}
+"""What the extras bring, by the names under which it is imported."""
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_the_command_of_an_image_starts_with_what_the_image_has(image: str) -> None:
+    installed = re.search(r'\.whl\)(?:\[([a-z,]+)\])?"((?: [a-z]+)*)', last(image, "RUN"))
+    assert installed is not None
+    extras = installed[1].split(",") if installed[1] else []
+    there = set(installed[2].split()).union(*(PACKAGES[extra] for extra in extras))
+    missing = sorted(set().union(*PACKAGES.values()) - there)
+    command = {"worker": "worker", "llm": "build"}.get(image, "serve")
+    # An entry of None in sys.modules makes an import of that name fail.
+    script = (
+        f"import sys\nfor name in {missing!r}: sys.modules[name] = None\n"
+        f"from liber_runtime.cli import main\nsys.argv = ['liber', '{command}', '--help']\nmain()"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 # -- compose.yaml ----------------------------------------------------------------------------------------------------
 
 
