@@ -30,6 +30,7 @@ from liber_runtime.exceptions import (
     UnusableAnswerError,
     WriterAwayError,
 )
+from liber_runtime.settings import Settings, load_settings
 from liber_runtime.writers.llm import BusyError, Generation
 from liber_runtime.writers.tokens import TokenCount
 
@@ -127,6 +128,7 @@ class TritonModel:
         seed: of the draws; None for the server's.
         layout: ``inflight_batcher_llm`` or ``llmapi``; ``auto`` for the one that the model has.
         count: counts tokens where the model does not tell them; the LLM's own tokenizer, or None.
+        settings: how Triton is reached; default from the environment.
 
     Raises:
         ConfigurationError: a value that no model takes.
@@ -142,6 +144,7 @@ class TritonModel:
         seed: int | None = None,
         layout: str = "auto",
         count: TokenCount | None = None,
+        settings: Settings | None = None,
     ) -> None:
         """Names the server and the model; connects at the first call."""
         layouts = [each for each in LAYOUTS if layout in (each.name, "auto")]
@@ -161,6 +164,7 @@ class TritonModel:
         self._temperature = temperature
         self._seed = seed
         self._count = count
+        self._settings = settings or load_settings()
         self._client: Any = None
         self._served: _Served | None = None
         self._decoupled = False
@@ -272,7 +276,8 @@ class TritonModel:
             raise PromptRefusedError(f"the prompt is not text ({error.reason} at character {error.start})") from None
         layout = served.layout
         values: dict[str, Any] = {_PROMPT: prompt, layout.most_tokens: response_tokens, layout.streaming: False}
-        values |= {layout.sampling + name: value for name, value in self._sampling().items()}
+        greedy = "top_k" if layout.sampling + "top_k" in served.types else "temperature"
+        values |= {layout.sampling + name: value for name, value in self._sampling(greedy).items()}
         values |= dict.fromkeys(layout.switches, True)
         return [
             _tensor(name, value, served.types[name], served.rank)
@@ -280,13 +285,14 @@ class TritonModel:
             if name in served.types
         ]
 
-    def _sampling(self) -> dict[str, Any]:
-        """Of one token there is no choice: that is greedy in every version, which a temperature of 0 is not.
+    def _sampling(self, greedy: str) -> dict[str, Any]:
+        """How tokens are drawn; `greedy` names the tensor to say so with, if they are not.
 
+        Of one token (top_k 1) there is no choice: that is greedy in every version, which a temperature of 0 is not.
         Without top_k and top_p every version is greedy, at any temperature: so both are named to draw from all tokens.
         """
         if not self._temperature:
-            return {"top_k": 1}
+            return {"top_k": 1} if greedy == "top_k" else {"temperature": 0.0}
         drawn: dict[str, Any] = {"temperature": self._temperature, "top_k": 0, "top_p": 1.0}
         return drawn if self._seed is None else drawn | {"seed": self._seed}
 
