@@ -128,7 +128,7 @@ class TritonModel:
         seed: of the draws; None for the server's.
         layout: ``inflight_batcher_llm`` or ``llmapi``; ``auto`` for the one that the model has.
         count: counts tokens where the model does not tell them; the LLM's own tokenizer, or None.
-        settings: those of TLS; default from the environment.
+        settings: how Triton is reached; default from the environment.
 
     Raises:
         ConfigurationError: a value that no model takes.
@@ -276,7 +276,8 @@ class TritonModel:
             raise PromptRefusedError(f"the prompt is not text ({error.reason} at character {error.start})") from None
         layout = served.layout
         values: dict[str, Any] = {_PROMPT: prompt, layout.most_tokens: response_tokens, layout.streaming: False}
-        values |= {layout.sampling + name: value for name, value in self._sampling().items()}
+        greedy = "top_k" if layout.sampling + "top_k" in served.types else "temperature"
+        values |= {layout.sampling + name: value for name, value in self._sampling(greedy).items()}
         values |= dict.fromkeys(layout.switches, True)
         return [
             _tensor(name, value, served.types[name], served.rank)
@@ -284,13 +285,14 @@ class TritonModel:
             if name in served.types
         ]
 
-    def _sampling(self) -> dict[str, Any]:
-        """Of one token there is no choice: that is greedy in every version, which a temperature of 0 is not.
+    def _sampling(self, greedy: str) -> dict[str, Any]:
+        """How tokens are drawn; `greedy` names the tensor to say so with, if they are not.
 
+        Of one token (top_k 1) there is no choice: that is greedy in every version, which a temperature of 0 is not.
         Without top_k and top_p every version is greedy, at any temperature: so both are named to draw from all tokens.
         """
         if not self._temperature:
-            return {"top_k": 1}
+            return {"top_k": 1} if greedy == "top_k" else {"temperature": 0.0}
         drawn: dict[str, Any] = {"temperature": self._temperature, "top_k": 0, "top_p": 1.0}
         return drawn if self._seed is None else drawn | {"seed": self._seed}
 

@@ -178,6 +178,11 @@ class TestWhatIsSent:
         await open_model(temperature=1.0, seed=3).generate("a", 7)
         assert fake.sent == {"text_input": b"a", "max_tokens": 7}
 
+    async def test_greedy_without_a_choice_of_tokens(self, fake: Fake, open_model: Open) -> None:
+        fake.inputs = {"text_input": "BYTES", "max_tokens": "INT32", "temperature": "FP32"}
+        await open_model().generate("a", 7)
+        assert fake.sent == {"text_input": b"a", "max_tokens": 7, "temperature": 0.0}
+
     async def test_the_model_is_looked_at_once(self, fake: Fake, open_model: Open) -> None:
         model = open_model()
         await model.check()
