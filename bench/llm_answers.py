@@ -14,6 +14,7 @@ from builders.variants import Plan
 from liber_runtime.exceptions import LiberError, UnusableAnswerError
 from liber_runtime.interest import PartitionPrompt
 from liber_runtime.writers import Completion, Writer
+from liber_runtime.writers.llm import LLMWriter
 from liber_runtime.writers.tokens import TokenCount
 
 
@@ -51,7 +52,7 @@ def ask_variant(
     Args:
         plan: of the variant.
         prompts: of the plan's samples.
-        writer: called from an event loop of this call's own.
+        writer: called from an event loop of this call's own, and closed at its end if it is an LLM's.
         count: the LLM's tokenizer, for writers that count none.
         most: summaries.
         in_flight: calls at a time.
@@ -67,7 +68,25 @@ def ask_variant(
     rows = np.arange(len(plan.user), dtype=np.int64)
     if len(rows) > most:
         rows = np.union1d(drawn - 1, drawn) if len(drawn) else prompts.draw(rows, most)
-    return asyncio.run(_ask(prompts, plan, rows.tolist(), drawn.tolist(), writer, count, in_flight))
+    return asyncio.run(_ask_opened(prompts, plan, rows.tolist(), drawn.tolist(), writer, count, in_flight))
+
+
+async def _ask_opened(
+    prompts: Prompts,
+    plan: Plan,
+    rows: Sequence[int],
+    shifted: Sequence[int],
+    writer: Writer,
+    count: TokenCount,
+    in_flight: int,
+) -> dict[str, Answers]:
+    if not isinstance(writer, LLMWriter):
+        return await _ask(prompts, plan, rows, shifted, writer, count, in_flight)
+    try:
+        await writer.check()
+        return await _ask(prompts, plan, rows, shifted, writer, count, in_flight)
+    finally:
+        await writer.close()
 
 
 async def _ask(

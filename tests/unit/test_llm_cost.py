@@ -39,6 +39,7 @@ from liber_runtime.exceptions import ConfigurationError, LiberError, UnusableAns
 from liber_runtime.interest import Prompt, ShiftPrompt
 from liber_runtime.partition import Count
 from liber_runtime.writers import Completion
+from liber_runtime.writers.llm import Generation, LLMWriter
 from liber_runtime.writers.prompting import Budget
 from liber_runtime.writers.statistical import StatisticalWriter, summarize
 from liber_runtime.writers.tokens import TokenCount, counted_by, estimated
@@ -205,6 +206,42 @@ def test_a_sample_is_asked_with_so_many_calls_in_flight(dataset: Dataset, sample
     alone = ask_variant(plan(VARIANTS["length20"], samples), prompts, StatisticalWriter(), count, 7, 2)
     assert len(alone["summary"]) == 7
     assert "shift" not in alone
+
+
+class Parrot:
+    """A language model that says a line of the prompt again, and knows what it was asked."""
+
+    name = "parrot"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.is_closed = False
+
+    async def generate(self, text: str, response_tokens: int) -> Generation:
+        self.asked.append(text)
+        return Generation(text.splitlines()[0], False, len(text), 5)
+
+    async def check(self) -> None:
+        assert not self.asked
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+def test_any_llm_can_be_measured(costs: Costs) -> None:
+    parrot = Parrot()
+    work = costs.works[0]
+    row = costs.written(work, LLMWriter(parrot), "there", most=10, in_flight=3)
+    assert (row["engine"], row["device"], row["in_flight"]) == ("parrot", "there", 3)
+    assert row["response_tokens_per_call"] == 5
+    # The first call of each kind warms up.
+    assert len(parrot.asked) == sum(row["asked"].values()) + 2
+    assert parrot.is_closed
+    summaries = [len(text) for text in parrot.asked if "history, oldest first" in text]
+    assert len(summaries) == row["asked"]["summary"]
+    shifts = [len(text) for text in parrot.asked if "Later note:" in text]
+    mean = work.per_call(float(np.mean(summaries)), float(np.mean(shifts)))
+    assert row["prompt_tokens_per_call"] == pytest.approx(mean, abs=0.01)
 
 
 async def test_a_writer_that_fails_ends_the_measurement(dataset: Dataset, samples: Samples, count: TokenCount) -> None:
