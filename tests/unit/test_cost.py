@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from liber_runtime.cli import main
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.writers.costing import (
+    STATISTICAL_SECONDS,
     Estimate,
     PromptSizes,
     Workload,
@@ -55,6 +57,19 @@ def test_figures_by_hand() -> None:
     statistical = estimate_statistical(workload, hour_price=0.1, seconds_per_call=0.001)
     assert (statistical.machines, statistical.machine_hours) == (1, pytest.approx(0.05))
     assert statistical.cost == pytest.approx(0.005)
+
+
+def test_what_is_known_without_asking_is_what_was_measured() -> None:
+    measured = json.loads((Path(__file__).parents[2] / "bench" / "results" / "llm_cost.json").read_text())
+    sizes, workload = PromptSizes(), Workload(1e6)
+    (stated,) = (row for row in measured["rows"] if (row["variant"], row["response"]) == ("no_shift", "stated"))
+    assert workload.response_tokens == stated["response_tokens_per_call"]
+    assert sizes.summary + 20 * sizes.behavior == pytest.approx(stated["prompt_tokens_per_call"], rel=0.005)
+    assert sizes.shift + 2 * workload.response_tokens == pytest.approx(measured["shift_tokens"], rel=0.005)
+    assert {"summary": sizes.summary_prefix, "shift": sizes.shift_prefix} == measured["prefix_tokens"]
+    (written,) = (row for row in measured["rows"] if (row["variant"], row["response"]) == ("liber", "written"))
+    seconds = written["cpu_seconds_per_user"] / written["calls_per_user"]
+    assert 0.5 < STATISTICAL_SECONDS / seconds < 2
 
 
 COSTS: tuple[Callable[[Workload], Estimate], ...] = (
