@@ -63,7 +63,7 @@ def measure_generation(
         ConfigurationError: there is no such device, or not even the weights fit.
         LiberError: the engine wrote another number of tokens than asked for.
     """
-    place = _find(device)
+    place = find_device(device)
     longest = max(int(each.max()) for each in lengths.values()) + response_tokens + _ROUNDING
     if longest > shape.positions:
         raise ConfigurationError(
@@ -97,6 +97,21 @@ def measure_generation(
     }
 
 
+def parse_sizes(text: str) -> Sequence[int]:
+    """Batch sizes from a list like ``1,16,64``.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    try:
+        sizes = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        sizes = []
+    if not sizes or sizes[0] < 1:
+        raise ConfigurationError(f"--batch-sizes {text!r} is no list of sizes; give e.g. 1,16,64")
+    return sizes
+
+
 def fastest(rows: Sequence[Mapping[str, Any]], variant: str) -> Mapping[str, Any] | None:
     """The batch size of a variant with the least time per call; None if none was measured."""
     return min(
@@ -122,7 +137,12 @@ def _gemm_seconds(device: torch.device, gemm: int) -> float:
     return min(_timed(lambda: left @ right, device) for _ in range(10))
 
 
-def _find(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigurationError: torch sees none.
+    """
     if device != "cpu" and not torch.cuda.is_available():
         raise ConfigurationError(
             f"--device {device}: torch sees no CUDA device (torch {torch.__version__}, built for CUDA "

@@ -272,26 +272,20 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("response_tokens", "partition", "sample"):
         if getattr(arguments, name) < 1:
             raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is not positive")
+    if arguments.batch_sizes is not None and arguments.device is None:
+        raise ConfigurationError("--batch-sizes are those of --device cuda; give both or neither")
     return arguments
-
-
-def _parse_sizes(text: str | None) -> Sequence[int]:
-    from bench.generation import BATCH_SIZES
-
-    if text is None:
-        return BATCH_SIZES
-    try:
-        sizes = [int(word) for word in text.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise ConfigurationError(f"--batch-sizes {text!r} is no list of sizes; give e.g. 1,16,64")
-    return sizes
 
 
 def main() -> int:
     """The command."""
     arguments = parse_arguments()
+    sizes: Sequence[int] = ()
+    if arguments.device is not None:
+        from bench.generation import BATCH_SIZES, find_device, parse_sizes
+
+        find_device(arguments.device)  # Before minutes of counting.
+        sizes = BATCH_SIZES if arguments.batch_sizes is None else parse_sizes(arguments.batch_sizes)
     budget = Budget(response_tokens=max(arguments.response_tokens, Budget().response_tokens))
     count = counted_by(arguments.tokenizer)
     dataset = load(arguments.data)
@@ -306,7 +300,7 @@ def main() -> int:
             arguments.response_tokens,
             device=arguments.device,
             seed=arguments.seed,
-            batch_sizes=_parse_sizes(arguments.batch_sizes),
+            batch_sizes=sizes,
         )
         rows += measured
     figures = {

@@ -26,7 +26,7 @@ from bench.decoder_floor import (
     least_seconds,
     least_seconds_per_call,
 )
-from bench.generation import fastest, measure_generation
+from bench.generation import fastest, measure_generation, parse_sizes
 from bench.llm_answers import ask, ask_variant
 from bench.llm_cost import NOT_MEASURED, Costs, describe_tokenizer, main, measure_device, parse_arguments
 from bench.llm_cost_table import NAMES, compare_with_targets, write_markdown
@@ -361,6 +361,12 @@ def test_figures_that_were_to_be_reached() -> None:
 def test_arguments_that_cannot_be_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigurationError, match="--response-tokens 0 is not positive"):
         parse_arguments(["--tokenizer", "t", "--response-tokens", "0"])
+    with pytest.raises(ConfigurationError, match="--batch-sizes are those of --device cuda; give both or neither"):
+        parse_arguments(["--tokenizer", "t", "--batch-sizes", "1"])
+    for sizes in ("", "1,x", "0,2"):
+        with pytest.raises(ConfigurationError, match=r"is no list of sizes; give e\.g\. 1,16,64"):
+            parse_sizes(sizes)
+    assert parse_sizes("16,1") == [1, 16]
     with pytest.raises(SystemExit):
         parse_arguments([])
     assert "--tokenizer" in capsys.readouterr().err
