@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import MadeOnce
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,7 +61,7 @@ def samples(dataset: Dataset) -> Samples:
 
 
 @pytest.fixture(scope="session")
-def pieces(made_once: MadeOnce) -> Path:
+def pieces(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A SentencePiece model that, as Llama 2's, reads bytes where it has no piece and never joins two lines."""
 
     def train(directory: Path) -> None:
