@@ -11,12 +11,12 @@ import typer
 from rich.text import Text
 
 from liber_runtime import __version__
-from liber_runtime.cli import build, engine, ingest, inspection, memory, serve, worker  # each adds its commands
+from liber_runtime.cli import build, cost, engine, ingest, inspection, memory, serve, worker  # each adds its commands
 from liber_runtime.cli.application import application
 from liber_runtime.exceptions import LiberError
 from liber_runtime.progress import console
 
-__all__ = ["application", "build", "engine", "ingest", "inspection", "main", "memory", "serve", "worker"]
+__all__ = ["application", "build", "cost", "engine", "ingest", "inspection", "main", "memory", "serve", "worker"]
 
 
 def main() -> None:
