@@ -1,8 +1,9 @@
 """What writing costs per user (the paper's Table 6): calls, tokens and seconds, of LIBER and three of its ablations.
 
 ``python -m bench.llm_cost --data D --tokenizer T --json F`` replays a log, counts the prompts of every call with the
-LLM's own tokenizer, and has the statistical writer answer them on this machine. With ``--device cuda`` it generates on
-a GPU with Llama-2-13B's shape and random weights. Each figure stands beside the engine that made it; what nobody
+LLM's own tokenizer, and has the statistical writer answer them on this machine. With ``--writer`` an LLM answers a
+sample of them (options and variables as of ``liber worker``), with ``--device cuda`` a GPU generates with Llama-2-13B's
+shape and random weights. Each figure stands beside the engine that made it; what nobody
 measured is empty, and what was computed is kept apart.
 """
 
@@ -27,7 +28,9 @@ from builders.replay import Samples, replay
 from builders.variants import Plan, find_variant, plan
 from liber_runtime.exceptions import ConfigurationError
 from liber_runtime.partition import Count
+from liber_runtime.settings import load_writer_settings
 from liber_runtime.writers import Writer
+from liber_runtime.writers.opening import open_writer
 from liber_runtime.writers.prompting import Budget
 from liber_runtime.writers.statistical import StatisticalWriter
 from liber_runtime.writers.tokens import TokenCount, counted_by
@@ -265,16 +268,33 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--partition", type=int, default=20, help="behaviors in a partition")
     parser.add_argument("--sample", type=int, default=5000, help="most summaries of each variant that are written")
+    parser.add_argument(
+        "--writer", choices=("openai", "triton", "transformers"), help="have an LLM answer a sample too"
+    )
+    parser.add_argument("--writer-url", help="its endpoint, or host:port of its Triton")
+    parser.add_argument("--writer-model", help="what it is called there, or its checkpoint")
+    parser.add_argument("--asked", type=int, default=200, help="most summaries of each variant that it writes")
+    parser.add_argument("--in-flight", type=int, default=64, help="its calls at a time")
     parser.add_argument("--device", choices=("cuda",), help="measure generation there too, on random weights")
     parser.add_argument("--batch-sizes", help="comma-separated, ascending (default: up to 256, until memory is full)")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(words)
-    for name in ("response_tokens", "partition", "sample"):
+    for name in ("response_tokens", "partition", "sample", "asked", "in_flight"):
         if getattr(arguments, name) < 1:
             raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is not positive")
     if arguments.batch_sizes is not None and arguments.device is None:
         raise ConfigurationError("--batch-sizes are those of --device cuda; give both or neither")
     return arguments
+
+
+def _ask_llm(costs: Costs, arguments: argparse.Namespace) -> list[Row]:
+    chosen = load_writer_settings(
+        writer=arguments.writer, url=arguments.writer_url, model=arguments.writer_model, tokenizer=arguments.tokenizer
+    )
+    place = arguments.writer_url or chosen.url or "this process"
+    return [
+        costs.written(work, open_writer(chosen), place, arguments.asked, arguments.in_flight) for work in costs.works
+    ]
 
 
 def main() -> int:
@@ -291,6 +311,8 @@ def main() -> int:
     dataset = load(arguments.data)
     costs = Costs(dataset, count, arguments.partition, arguments.response_tokens, arguments.seed)
     rows = [costs.written(work, StatisticalWriter(), "cpu", arguments.sample, in_flight=1) for work in costs.works]
+    if arguments.writer is not None:
+        rows += _ask_llm(costs, arguments)
     generation = None
     if arguments.device is None:
         rows += [costs.stated(work, None, NOT_MEASURED, None) for work in costs.works]

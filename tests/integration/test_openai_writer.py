@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from endpoint_harness import LlamaServer, Weather, free_port, served
 
+from bench import llm_cost
 from liber_runtime.behavior import Behavior, Domain, Item
 from liber_runtime.cli import main
 from liber_runtime.exceptions import (
@@ -283,3 +284,33 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
         main()
     printed = capsys.readouterr()
     return int(ended.value.code or 0), printed.out, printed.err
+
+
+def test_what_it_costs_is_measured_on_it(
+    llama: LlamaServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"u{number % 2},i{number % 7},{1 + number % 5},{1000 + number}" for number in range(90)]
+    (tmp_path / "behaviors.csv").write_text("\n".join(["user_id,item_id,feedback,timestamp", *rows]) + "\n")
+    monkeypatch.setenv("LIBER_WRITER_API", "completions")
+    monkeypatch.setenv("LIBER_WRITER_TEMPERATURE", "1")
+    monkeypatch.setenv("LIBER_WRITER_RESPONSE_TOKENS", str(TOKENS))
+    tokenizer = str(llama.checkpoint / "tokenizer.json")
+    words = ["--data", str(tmp_path / "behaviors.csv"), "--tokenizer", tokenizer, "--asked", "2", "--sample", "2"]
+    endpoint = [
+        "--writer",
+        "openai",
+        "--writer-url",
+        f"http://127.0.0.1:{llama.port}/v1",
+        "--writer-model",
+        llama.model,
+    ]
+    monkeypatch.setattr("sys.argv", ["llm_cost", *words, *endpoint])
+    assert llm_cost.main() == 0
+    written = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["engine"] == f"openai:{llama.model}"]
+    assert [row["variant"] for row in written] == list(llm_cost.VARIANTS)
+    for row in written:
+        assert row["seconds_per_user"] > 0
+        assert 0 < row["response_tokens_per_call"] <= TOKENS
+        assert row["prompt_tokens_per_call"] > 100
+        assert row["asked"]["summary"] == 2
+    assert written[0]["asked"]["shift"] == 1
