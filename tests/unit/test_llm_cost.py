@@ -17,7 +17,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.decoder_floor import (
+from bench.llm_cost import NOT_MEASURED, Costs, describe_tokenizer, main, measure_device, parse_arguments
+from bench.llm_cost.answers import ask, ask_variant
+from bench.llm_cost.floor import (
     H200,
     LLAMA2_13B,
     Shape,
@@ -26,11 +28,9 @@ from bench.decoder_floor import (
     least_seconds,
     least_seconds_per_call,
 )
-from bench.generation import fastest, measure_generation, parse_sizes
-from bench.llm_answers import ask, ask_variant
-from bench.llm_cost import NOT_MEASURED, Costs, describe_tokenizer, main, measure_device, parse_arguments
-from bench.llm_cost_table import NAMES, compare_with_targets, write_markdown
-from bench.llm_prompts import COMPARED, Prompts, stand_in
+from bench.llm_cost.generation import fastest, measure_generation, parse_sizes
+from bench.llm_cost.prompts import COMPARED, Prompts, stand_in
+from bench.llm_cost.table import NAMES, compare_with_targets, write_markdown
 from builders.datasets import Dataset, load, sample
 from builders.paper import LLM_COST
 from builders.replay import Samples, replay

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.decoder_floor import H200, LLAMA2_13B, Shape, least_seconds_per_call
 from bench.environment import describe_machine, describe_versions, run_command, show_figures
-from bench.llm_answers import Answers, ask_variant
-from bench.llm_cost_table import compare_with_targets, paper_rows, write_markdown
-from bench.llm_prompts import Counted, Prompts, Tokens, stand_in
+from bench.llm_cost.answers import Answers, ask_variant
+from bench.llm_cost.floor import H200, LLAMA2_13B, Shape, least_seconds_per_call
+from bench.llm_cost.prompts import Counted, Prompts, Tokens, stand_in
+from bench.llm_cost.table import compare_with_targets, paper_rows, write_markdown
 from builders.datasets import Dataset, load
 from builders.replay import Samples, replay
 from builders.variants import Plan, find_variant, plan
@@ -211,12 +211,12 @@ def measure_device(
     shape: Shape = LLAMA2_13B,
     **sizes: int,
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of what a device generates, and all batch sizes that were tried; see `bench.generation`.
+    """Rows of what a device generates, and all batch sizes that were tried; see `bench.llm_cost.generation`.
 
     Raises:
         ConfigurationError: there is no such device, or the weights do not fit.
     """
-    from bench.generation import fastest, measure_generation
+    from bench.llm_cost.generation import fastest, measure_generation
 
     lengths = {work.variant: costs.lengths(work) for work in costs.works}
     made = measure_generation(
@@ -302,7 +302,7 @@ def main() -> int:
     arguments = parse_arguments()
     sizes: Sequence[int] = ()
     if arguments.device is not None:
-        from bench.generation import BATCH_SIZES, find_device, parse_sizes
+        from bench.llm_cost.generation import BATCH_SIZES, find_device, parse_sizes
 
         find_device(arguments.device)  # Before minutes of counting.
         sizes = BATCH_SIZES if arguments.batch_sizes is None else parse_sizes(arguments.batch_sizes)
@@ -348,7 +348,3 @@ def main() -> int:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
         arguments.markdown.write_text(write_markdown(figures))
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

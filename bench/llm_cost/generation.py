@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from bench.decoder_floor import LLAMA2_13B, Shape, Speed, least_seconds
+from bench.llm_cost.floor import LLAMA2_13B, Shape, Speed, least_seconds
 from liber_runtime.exceptions import ConfigurationError, LiberError
 
 ENGINE = "torch-transformers"

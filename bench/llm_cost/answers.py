@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bench.llm_prompts import Prompts
+from bench.llm_cost.prompts import Prompts
 from builders.variants import Plan
 from liber_runtime.exceptions import LiberError, UnusableAnswerError
 from liber_runtime.interest import PartitionPrompt
