@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.environment import describe_machine, describe_versions, run_command, show_figures
+from bench.environment import describe_machine, describe_versions, show_figures
 from bench.llm_cost.answers import Answers, ask_variant
 from bench.llm_cost.floor import H200, LLAMA2_13B, Shape, least_seconds_per_call
 from bench.llm_cost.prompts import Counted, Prompts, Tokens, stand_in
