@@ -159,7 +159,7 @@ PACKAGES = {
     "kafka": {"confluent_kafka"},
     "redis": {"redis"},
     "build": {"torch", "transformers", "faiss", "sklearn", "onnxscript"},
-    "llm": {"openai", "tenacity", "sentencepiece", "tokenizers"},
+    "llm": {"openai", "sentencepiece", "tokenizers"},
 }
 """What the extras bring, by the names under which it is imported."""
 
