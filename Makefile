@@ -42,10 +42,11 @@ $(RANDOM_SECRETS):
 	@mkdir -p -m 700 secrets
 	@head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n' > $@
 
-# Anyone may ask Redis whether it is up; the user liber may do all, by the password's digest.
+# The user health may ask Redis whether it is up, with any password. The default user keeps all its rights: Redis reads its
+# append-only file as that user, and skips what that user may not do.
 secrets/redis_users: secrets/store_password
-	@{ echo 'user default on nopass resetkeys resetchannels -@all +ping'; \
-	  echo "user liber on #$$(sha256sum < $< | cut -d ' ' -f 1) ~* &* +@all"; } > $@
+	@{ echo "user default on #$$(sha256sum < $< | cut -d ' ' -f 1) ~* &* +@all"; \
+	  echo 'user health on nopass resetkeys resetchannels -@all +ping'; } > $@
 
 secrets/writer_api_key:
 	@mkdir -p -m 700 secrets

@@ -155,7 +155,7 @@ PACKAGES = {
     "kafka": {"confluent_kafka"},
     "redis": {"redis"},
     "build": {"torch", "transformers", "faiss", "sklearn", "onnxscript"},
-    "llm": {"openai", "tenacity", "sentencepiece", "tokenizers"},
+    "llm": {"openai", "sentencepiece", "tokenizers"},
 }
 """What the extras bring, by the names under which it is imported."""
 
@@ -232,32 +232,41 @@ def test_secrets_are_files_that_make_makes(tmp_path: Path) -> None:
     subprocess.run(command, capture_output=True, check=True)
     assert all((tmp_path / name).read_text() == text for name, text in made.items()), "a second run changes nothing"
     digest = hashlib.sha256(made["./secrets/store_password"].encode()).hexdigest()
-    assert f"user liber on #{digest} " in made["./secrets/redis_users"]
+    assert f"user default on #{digest} " in made["./secrets/redis_users"]
 
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server here")
-def test_redis_as_compose_starts_it_wants_the_password_but_for_its_health(tmp_path: Path) -> None:
+def test_redis_as_compose_starts_it_is_closed_but_for_its_health_and_keeps_what_it_has(tmp_path: Path) -> None:
     subprocess.run(
         ["make", "-C", str(tmp_path), "-f", str(ROOT / "Makefile"), "secrets"], capture_output=True, check=True
     )
     words = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in SERVICES["redis"]["command"]]
     words = [word.replace("/run/secrets/", f"{tmp_path}/secrets/") for word in words]
     # By a name in the working directory, for a socket's path may not be long.
-    health = ["redis-cli", "-s", "redis.sock", *SERVICES["redis"]["healthcheck"]["test"][2:]]
-    with subprocess.Popen(
-        [*words, "--port", "0", "--unixsocket", "redis.sock"], cwd=tmp_path, stdout=subprocess.DEVNULL
-    ) as redis:
-        try:
-            while not (tmp_path / "redis.sock").exists():
-                assert redis.poll() is None
-                time.sleep(0.02)
-            assert subprocess.run(health, cwd=tmp_path, capture_output=True, check=True).stdout == b"PONG\n"
-            asked = [*health[:-1], "get", "a"]
-            assert subprocess.run(asked, cwd=tmp_path, capture_output=True, check=False).returncode == 1
-            user = ["--user", "liber", "--no-auth-warning", "--pass", (tmp_path / "secrets/store_password").read_text()]
-            subprocess.run([*asked[:-2], *user, *asked[-2:]], cwd=tmp_path, capture_output=True, check=True)
-        finally:
-            redis.terminate()
+    asked = ["redis-cli", "-e", "-s", "redis.sock"]
+    health = [*asked, *SERVICES["redis"]["healthcheck"]["test"][3:]]
+    ours = [*asked, "--no-auth-warning", "--pass", (tmp_path / "secrets" / "store_password").read_text()]
+
+    def ask(words: list[str], commands: str = "") -> tuple[int, bytes]:
+        run = subprocess.run(words, cwd=tmp_path, input=commands.encode(), capture_output=True, check=False)
+        return run.returncode, run.stdout
+
+    for start in range(2):
+        (tmp_path / "redis.sock").unlink(missing_ok=True)
+        with subprocess.Popen(
+            [*words, "--port", "0", "--unixsocket", "redis.sock"], cwd=tmp_path, stdout=subprocess.DEVNULL
+        ) as redis:
+            try:
+                while not (tmp_path / "redis.sock").exists() or ask(health) != (0, b"PONG\n"):
+                    assert redis.poll() is None
+                    time.sleep(0.02)
+                assert ask([*health[:-1], "get", "a"])[0] == 1
+                assert ask([*asked, "get", "a"])[0] == 1
+                if start == 0:
+                    assert ask(ours, "multi\nset a 1\nset b 2\nexec\n")[0] == 0
+                assert ask([*ours, "mget", "a", "b"]) == (0, b"1\n2\n"), "what was appended is read again"
+            finally:
+                redis.terminate()
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
