@@ -42,6 +42,7 @@ _LOOK_SECONDS = 10.0
 """Limit of a call that asks about a model; it says nothing of how long an answer may take."""
 
 _MOST_MESSAGE_CHARACTERS = 300
+_MEND = "start it, correct LIBER_WRITER_URL, or set LIBER_TLS_CA if it wants TLS"
 
 # What gRPC says when no connection came about. "Socket closed" and the like may be the end of one that was there.
 _NEVER_CONNECTED = re.compile(r"failed to connect|DNS resolution|resolving|name resolution", re.IGNORECASE)
@@ -232,7 +233,7 @@ class TritonModel:
             )
         if status == "DEADLINE_EXCEEDED":
             message = f"no answer within {_LOOK_SECONDS:g} s"
-        raise WriterAwayError(f"no Triton answers at {self._url} ({message}); start it, or correct LIBER_WRITER_URL")
+        raise WriterAwayError(f"no Triton answers at {self._url} ({message}); {_MEND}")
 
     async def _explain_missing(self) -> NoReturn:
         """Why there is no such model, as far as the server tells."""
@@ -380,9 +381,7 @@ class TritonModel:
         if _TOO_LONG.search(str(error.message())):
             raise PromptRefusedError(f"{self._who} refuses the prompt: {message}") from None
         if status == "UNAVAILABLE" and _NEVER_CONNECTED.search(message):
-            raise WriterAwayError(
-                f"no Triton answers at {self._url} ({message}); start it, or correct LIBER_WRITER_URL"
-            ) from None
+            raise WriterAwayError(f"no Triton answers at {self._url} ({message}); {_MEND}") from None
         if _FULL.search(message) or (status == "UNAVAILABLE" and _NOT_NOW.search(message)):
             raise BusyError(f"{self._who} takes no call just now: {message}") from None
         if status == "DEADLINE_EXCEEDED":

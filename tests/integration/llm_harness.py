@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 _MODEL = Path(__file__).parent / "llm_repository" / "model.py"
@@ -28,20 +29,29 @@ _LLMAPI_OUTPUTS = {"text_output": "STRING", "finish_reason": "STRING"}
 _NEEDED = ("text_input", "max_tokens", "sampling_param_max_tokens")
 
 
+@dataclass(frozen=True)
+class _Contract:
+    layout: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    batch: int
+
+
 def write_llm_repository(repository: Path, engine: str) -> Path:
     """The models of both layouts.
 
     ``ensemble`` and ``tensorrt_llm_bls`` (`inflight_batcher_llm`), ``tensorrt_llm`` (`llmapi`), ``tensorrt_llm_stream``
     (the same, decoupled) and ``tensorrt_llm_queued`` (one call at a time, and one more may wait).
     """
-    _write(repository / "tensorrt_llm", "llmapi", engine, _LLMAPI_INPUTS, _LLMAPI_OUTPUTS)
+    llmapi = _Contract("llmapi", _LLMAPI_INPUTS, _LLMAPI_OUTPUTS, 0)
+    inflight = _Contract("inflight_batcher_llm", _INFLIGHT_INPUTS, _INFLIGHT_OUTPUTS, 8)
+    one_at_a_time = _Contract("inflight_batcher_llm", _INFLIGHT_INPUTS, _INFLIGHT_OUTPUTS, 1)
     streaming = "model_transaction_policy { decoupled: true }\n"
-    _write(repository / "tensorrt_llm_stream", "llmapi", engine, _LLMAPI_INPUTS, _LLMAPI_OUTPUTS, streaming)
     queued = "dynamic_batching { default_queue_policy { max_queue_size: 1 } }\n" + _parameter("waits", "yes")
-    _write(
-        repository / "tensorrt_llm_queued", "inflight_batcher_llm", engine, _INFLIGHT_INPUTS, _INFLIGHT_OUTPUTS, queued
-    )
-    _write(repository / "tensorrt_llm_bls", "inflight_batcher_llm", engine, _INFLIGHT_INPUTS, _INFLIGHT_OUTPUTS)
+    _write(repository / "tensorrt_llm", llmapi, engine)
+    _write(repository / "tensorrt_llm_stream", llmapi, engine, streaming)
+    _write(repository / "tensorrt_llm_queued", one_at_a_time, engine, queued)
+    _write(repository / "tensorrt_llm_bls", inflight, engine)
     inputs = "".join(_pair("input_map", name) for name in _INFLIGHT_INPUTS)
     outputs = "".join(_pair("output_map", name) for name in _INFLIGHT_OUTPUTS)
     step = (
@@ -57,24 +67,18 @@ def write_llm_repository(repository: Path, engine: str) -> Path:
     return repository
 
 
-def _write(
-    directory: Path, layout: str, engine: str, inputs: dict[str, str], outputs: dict[str, str], more: str = ""
-) -> None:
+def _write(directory: Path, contract: _Contract, engine: str, more: str = "") -> None:
     (directory / "1").mkdir(parents=True)
     shutil.copy2(_MODEL, directory / "1" / "model.py")
     (directory / "config.pbtxt").write_text(
-        f'name: "{directory.name}"\nbackend: "python"\nmax_batch_size: {_batch(layout, more)}\n'
-        + _tensors("input", inputs)
-        + _tensors("output", outputs)
-        + _parameter("layout", layout)
+        f'name: "{directory.name}"\nbackend: "python"\nmax_batch_size: {contract.batch}\n'
+        + _tensors("input", contract.inputs)
+        + _tensors("output", contract.outputs)
+        + _parameter("layout", contract.layout)
         + _parameter("engine", engine)
         + "instance_group [{ kind: KIND_CPU count: 1 }]\n"
         + more
     )
-
-
-def _batch(layout: str, more: str) -> int:
-    return 0 if layout == "llmapi" else 1 if "max_queue_size" in more else 8
 
 
 def _tensors(kind: str, types: dict[str, str]) -> str:
