@@ -10,12 +10,13 @@ from liber_runtime.credentials import read_authority, read_certificate
 from liber_runtime.exceptions import ConfigurationError
 from liber_runtime.settings import Settings
 
-_OWN_CONNECTION = [
-    ("grpc.use_local_subchannel_pool", 1),
-    # Naming any option takes tritonclient's own away, of which no limit of message size is the one that matters.
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-]
+# Naming any option takes tritonclient's own away, of which no limit of message size is the one that matters.
+_NO_LIMITS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+_OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1), *_NO_LIMITS]
+
+# After a long outage gRPC would wait up to two minutes before it tries to connect again.
+_SOON_AGAIN = [("grpc.max_reconnect_backoff_ms", 10_000), *_NO_LIMITS]
 
 
 def open_client(
@@ -38,7 +39,9 @@ def open_client(
 
 def open_async_client(url: str, settings: Settings) -> tritonclient.grpc.aio.InferenceServerClient:
     """`open_client` for the event loop that runs now, which the client then belongs to."""
-    return tritonclient.grpc.aio.InferenceServerClient(url, creds=channel_credentials(settings))
+    return tritonclient.grpc.aio.InferenceServerClient(
+        url, creds=channel_credentials(settings), channel_args=_SOON_AGAIN
+    )
 
 
 def channel_credentials(settings: Settings) -> grpc.ChannelCredentials | None:

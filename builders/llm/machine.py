@@ -94,7 +94,7 @@ def require_engines(version: str | None) -> None:
     if version is None:
         raise ConfigurationError(
             f"TensorRT-LLM is not installed for {sys.executable}; run this inside NVIDIA's image "
-            "(nvcr.io/nvidia/tritonserver:26.04-trtllm-python-py3), or pass --dry-run to see the commands"
+            "(nvcr.io/nvidia/tritonserver:26.06-trtllm-python-py3), or pass --dry-run to see the commands"
         )
     numbers = re.match(r"(\d+)\.(\d+)", version)
     release = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
@@ -115,13 +115,17 @@ def find_tools(examples: Path | None, version: str | None) -> Tools:
 
     Args:
         examples: directory of TensorRT-LLM's examples; None looks where NVIDIA's images have them.
-        version: of TensorRT-LLM, if it is installed for this interpreter, which then runs the scripts.
+        version: of TensorRT-LLM, if this interpreter sees it.
+
+    The scripts are run by the Python that ``trtllm-build`` lies beside, for this one may have other versions of their
+    packages in front of those they were installed with.
     """
     root = examples or next((path for path in EXAMPLES if path.is_dir()), EXAMPLES[0])
     beside = Path(sys.executable).parent
     build = shutil.which("trtllm-build", path=os.pathsep.join((str(beside), os.environ.get("PATH", ""))))
+    python = Path(build).parent / "python3" if build else None
     return Tools(
-        python=sys.executable if version else "python3",
+        python=str(python) if python and python.is_file() else sys.executable if version else "python3",
         convert=root / _CONVERT,
         quantize=root / _QUANTIZE,
         build=build or "trtllm-build",

@@ -127,6 +127,8 @@ def explain_failure(log: str) -> str | None:
         syntax_error = _SYNTAX_ERROR.search(log)
         if syntax_error is not None and "failed to read text proto" in reason:
             reason += f": {syntax_error['position']}"
+        if "cannot import name" in reason and "liber_runtime" in reason:
+            reason += "; another version of LIBER published this repository: publish the bundle again"
         return f"model {failure['model']!r} did not load: {reason}"
     return None
 

@@ -99,13 +99,11 @@ class WritingLane(Lane):
     def jobs(self, tasks: list[Task]) -> Iterable[tuple[Sequence[Task], Job]]:
         """See `Lane.jobs`."""
         for task in tasks:
-            if task.attempts > 1:
-                self.session.repeated()
             assert self._domain is not None
             yield (task,), partial(self._write, task, self._domain, self._items)
 
     async def _write(self, task: Task, domain: Domain, items: Mapping[str, Item]) -> list[Result]:
-        session = self.session
+        session, away = self.session, False
         try:
             text = await self._ask_writer(prompt_of(task, domain, items))
         except Exception as error:
@@ -115,6 +113,10 @@ class WritingLane(Lane):
             # Unless the writer is sure that nobody was called, a call may have been paid for, so it counts.
             away, refused = isinstance(error, WriterAwayError), isinstance(error, PromptRefusedError)
             return [session.failed(task, explain(error), attempted=not away, hopeless=refused)]
+        finally:
+            # A call that reached nobody repeats none; one that was ended in the middle may.
+            if task.attempts > 1 and not away:
+                session.repeated()
         session.worker.metrics.called("answered")
         session.worker.metrics.written(text)
         return [Result(task, text)]

@@ -68,7 +68,7 @@ def test_scores_under_load_with_a_connection_for_each_user(running: Running, tmp
     items.write_text("\n".join(running.built.dataset.items))
     files = ("--users-file", users, "--items-file", items)
     shape = ("--candidates", "40", "--folded-users", "7")
-    process = start("--host", running.url, "-u", "3", "-r", "3", "-t", "4s", *files, *shape)
+    process = start("--host", running.url, "-u", "3", "-r", "3", "-t", "6s", *files, *shape)
     connections = 0
     while process.poll() is None and connections < 3:
         connections = max(connections, count_connections(process, running.url))
@@ -86,14 +86,14 @@ def test_scores_under_load_with_a_connection_for_each_user(running: Running, tmp
 
 
 def test_generated_ids_are_scored(running: Running) -> None:
-    outcome = finish(start("--host", running.url, "-u", "1", "-t", "2s", "--candidates", "5"))
+    outcome = finish(start("--host", running.url, "-u", "1", "-t", "4s", "--candidates", "5"))
     assert outcome.status == 0, outcome.errors
     assert set(outcome.calls) == {"liber_score U=1 N=5", "liber_score U=5 N=5"}
 
 
 def test_calls_without_a_server_are_failures(bound: socket.socket) -> None:
     url = f"127.0.0.1:{bound.getsockname()[1]}"
-    outcome = finish(start("--host", url, "-u", "1", "-t", "2s", "--candidates", "2"))
+    outcome = finish(start("--host", url, "-u", "1", "-t", "4s", "--candidates", "2"))
     assert outcome.status == 1
     assert outcome.calls
     assert all(call["num_failures"] == call["num_requests"] > 0 for call in outcome.calls.values())

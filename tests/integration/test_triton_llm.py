@@ -26,9 +26,11 @@ from liber_runtime.memory import MemoryStore, PartitionRecord, open_store
 from liber_runtime.partition import Count
 from liber_runtime.server import TritonServer
 from liber_runtime.server.stubs import parse_stub
+from liber_runtime.settings import load_writer_settings
 from liber_runtime.worker import Worker
 from liber_runtime.writers.answering import read_answer
 from liber_runtime.writers.llm import BusyError, Generation, LLMWriter, Patience
+from liber_runtime.writers.opening import open_writer
 from liber_runtime.writers.prompting import Budget, Prompting
 from liber_runtime.writers.triton import TritonModel
 
@@ -174,6 +176,19 @@ class TestCalls:
             await open_model("llama").generate("a", 1)
         with pytest.raises(ConfigurationError, match="no LLM of layout llmapi: it takes exclude_input_in_output"):
             await open_model("ensemble", layout="llmapi").check()
+
+
+async def test_settings_open_it(server: TritonServer, tiny_llama: Path) -> None:
+    settings = load_writer_settings(
+        writer="triton", url=server.grpc_url, layout="llmapi", temperature=1.0, response_tokens=8, tokenizer=tiny_llama
+    )
+    writer = open_writer(settings)
+    assert isinstance(writer, LLMWriter)
+    await writer.check()
+    made = await writer.write(SummaryPrompt(DOMAIN, {}, ((ITEMS[0], 4.0),)))
+    await writer.close()
+    assert (writer.name, made.text != "") == ("triton:tensorrt_llm", True)
+    assert (made.prompt_tokens or 0) > 100
 
 
 @pytest.fixture

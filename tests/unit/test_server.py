@@ -259,6 +259,15 @@ class TestReasons:
     def test_the_one_that_helps_is_found(self, log: str, reason: str | None) -> None:
         assert explain_failure(log) == reason
 
+    def test_a_repository_of_another_version_is_told(self) -> None:
+        log = (
+            "E0101 model_lifecycle.cc:642] \"failed to load 'user_memory' version 1: Internal: ImportError: cannot import "
+            "name 'Counter' from 'liber_runtime.served.backend' (/x/backend.py)\""
+        )
+        assert str(explain_failure(log)).endswith(
+            "another version of LIBER published this repository: publish the bundle again"
+        )
+
     def test_a_taken_port_is_found(self) -> None:
         assert find_taken_port(LOG_OF_A_TAKEN_PORT) == 18100
         assert find_taken_port(LOG_OF_A_MODEL_THAT_RAISES) is None
