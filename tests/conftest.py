@@ -58,6 +58,14 @@ def exported_encoder(made_once: MadeOnce, tiny_bert: Path) -> Path:
     return made_once("encoder", lambda directory: export_encoder(str(tiny_bert), directory))
 
 
+@pytest.fixture(scope="session")
+def tiny_llama(made_once: MadeOnce) -> Path:
+    """A random Llama with 2 layers and a tokenizer, as a checkpoint directory."""
+    from llama_harness import make_tiny_llama
+
+    return made_once("tiny-llama", lambda directory: make_tiny_llama(directory))
+
+
 def make_tiny_bert(directory: Path, seed: int) -> Path:
     # Imported here, so that the runtime's tests also run where only the runtime is installed.
     import tokenizers
