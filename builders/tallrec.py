@@ -301,7 +301,7 @@ def fine_tune(
         tuned.train()
         for epoch in range(settings.epochs):
             total = 0.0
-            for batch in torch.randperm(len(rows)).split(settings.batch_size):
+            for batch in torch.split(torch.randperm(len(rows)), settings.batch_size):
                 logits = last_logits(tuned, [rows[row].tokens for row in batch.tolist()]).float()
                 loss = functional.cross_entropy(logits, wanted[batch.to(device)])
                 optimizer.zero_grad()

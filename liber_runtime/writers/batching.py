@@ -14,6 +14,9 @@ from liber_runtime.exceptions import LiberError
 Tokens: TypeAlias = list[int]
 
 
+_CLOSED = "the language model was closed while calls waited for it"
+
+
 @dataclass(eq=False, slots=True)
 class Call:
     """One text to continue.
@@ -57,14 +60,16 @@ class Batches:
         self._waiting: list[_Waiting] = []
         self._running: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
+        self._is_closed = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="liber-llm")
 
     async def put(self, tokens: Tokens, response_tokens: int) -> Tokens:
         """What was written; a call that is cancelled leaves its batch at the next token.
 
         Raises:
-            LiberError: its batch failed.
+            LiberError: its batch failed, or there will be no more.
         """
+        self._require_open()
         call = Call(tokens, response_tokens)
         answer: asyncio.Future[Tokens] = asyncio.get_running_loop().create_future()
         self._waiting.append((call, answer))
@@ -77,17 +82,23 @@ class Batches:
 
     async def in_thread(self, function: Callable[[], object]) -> None:
         """Runs something else in the thread, between two batches."""
+        self._require_open()
         await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def close(self) -> None:
         """Ends all calls and the thread."""
-        _fail(self._waiting + self._running, "the language model was closed while calls waited for it")
+        self._is_closed = True
+        _fail(self._waiting + self._running, _CLOSED)
         for call, _ in self._running:
             call.abandoned = True
         if self._worker is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._worker
         self._thread.shutdown(wait=False)
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise LiberError(_CLOSED)
 
     async def _work(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import http.server
 import json
 import shutil
@@ -62,10 +63,15 @@ def copied(tiny_llama: Path, directory: Path, template: str = "", **settings: An
     return directory
 
 
+@functools.cache
+def loaded(directory: Path) -> tuple[Any, Any]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    return transformers.AutoTokenizer.from_pretrained(directory), model.eval()
+
+
 def alone(directory: Path, text: str, most: int, end: int | None = None) -> list[int]:
     """What transformers writes by itself, one prompt at a time."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    tokenizer, model = loaded(directory)
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     ends = [tokenizer.eos_token_id] if end is None else [tokenizer.eos_token_id, end]
     row = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, eos_token_id=ends)[0]
@@ -221,8 +227,11 @@ async def test_continuous_batching_begins_anew_after_a_failure(
     assert await ask(model) == expected
 
 
-async def test_a_closed_model_answers_nobody(checkpoint: Checkpoint) -> None:
-    model = LocalModel(checkpoint, batch_size=1)
+@pytest.mark.parametrize(
+    ("batching", "said"), [("static", "closed while calls waited"), ("continuous", "finished before this request")]
+)
+async def test_a_closed_model_answers_nobody(checkpoint: Checkpoint, batching: Batching, said: str) -> None:
+    model = LocalModel(checkpoint, batching=batching, batch_size=1)
     await model.check()
     passes = count_passes(model)
     running = asyncio.create_task(model.generate(TEXTS[0], 3000))
@@ -231,9 +240,11 @@ async def test_a_closed_model_answers_nobody(checkpoint: Checkpoint) -> None:
         await asyncio.sleep(0.001)
     await model.close()
     for task in (running, waiting):
-        with pytest.raises(LiberError, match="closed while calls waited"):
+        with pytest.raises(LiberError, match=said):
             await task
     assert len(passes) < 3000
+    with pytest.raises(LiberError, match="was closed"):
+        await model.generate(TEXTS[0], 8)
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_adapters_learn_and_are_read_back(model: Any, tokenizer: Any, log: Datas
     tuned, losses = fine_tune(
         model, answers, rows, samples.label[shots], settings, tell=lambda *each: told.append(each)
     )
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert told == list(enumerate(losses, 1))
     scores = YesNo(tuned, answers).score(rows)
     before = YesNo(base, answers).score(rows)
