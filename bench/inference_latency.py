@@ -5,8 +5,9 @@ Tritons, and times this runtime and the engines of others in one run: calls take
 inputs, and engines with the same weights must give the same probabilities or nothing is timed. It takes about fifteen
 minutes on two cores; ``--quick`` takes less than one and says nothing of speed. ``--only`` measures some parts.
 
-``--device cuda`` measures the model on a GPU instead. ``--triton HOST:PORT --store URL --items FILE`` measures a server
-that is running, as ``make demo`` does with its own (`measure`).
+``--tallrec`` adds an LLM that scores each candidate itself (`bench.tallrec`), on the CPU a tiny one that says nothing
+of speed. ``--device cuda`` measures the model on a GPU instead. ``--triton HOST:PORT --store URL --items FILE``
+measures a server that is running, as ``make demo`` does with its own (`measure`).
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="multiplies how long engines are timed")
     parser.add_argument("--directory", type=Path, help="where all is made meanwhile (default: the system's own)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tallrec", action="store_true", help="also an LLM that scores each candidate")
     parser.add_argument("--price", type=float, help="US dollars for an hour of such a machine (default 0.0893)")
     parser.add_argument("--backbones", help="comma-separated (default: all ten)")
     parser.add_argument("--histories", help="comma-separated lengths T of DIEN (default: 20,50,100)")
@@ -158,12 +160,23 @@ def _measure_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise ConfigurationError("this machine has no CUDA device that PyTorch can use; measure with --device cpu")
     measured: dict[str, Any] = importlib.import_module("bench.cuda").measure_cuda(seed=arguments.seed)
+    if arguments.tallrec:
+        llm = _measure_tallrec(arguments)
+        measured["rows"] += llm["rows"]
+        measured["notes"] += llm["notes"]
     return {
         **measured,
         "machine": describe_machine(),
         "versions": describe_versions(),
         "seed": arguments.seed,
     }
+
+
+def _measure_tallrec(arguments: argparse.Namespace) -> dict[str, Any]:
+    measured: dict[str, Any] = importlib.import_module("bench.tallrec").measure_latency(
+        device=arguments.device, seed=arguments.seed
+    )
+    return measured
 
 
 def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -201,6 +214,9 @@ def _measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": describe_versions(),
         "seed": plan.seed,
     }
+    if arguments.tallrec:
+        # Apart from the others' rows: a tiny LLM on a CPU is no rival.
+        figures["tallrec"] = _measure_tallrec(arguments)
     for path, text in ((arguments.markdown, write_markdown(figures)), (arguments.plot, draw(bench.rows))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

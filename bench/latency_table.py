@@ -169,9 +169,29 @@ def write_markdown(figures: Mapping[str, Any]) -> str:
                 f"{_number(row['p99_ms'])} | {_number(row['floor_ms'])} |"
                 for row in varied
             ]
+    if "tallrec" in figures:
+        lines += _tallrec(figures["tallrec"]["rows"])
     if figures["notes"]:
         lines += ["", "## Left out", "", *(f"- {note}" for note in figures["notes"])]
     return "\n".join(lines) + "\n"
+
+
+def _tallrec(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "",
+        "## An LLM that scores each candidate (TALLRec)",
+        "",
+        "A batch gives what its questions give alone. Not comparable with the figures above where the model is a tiny "
+        "one: that shows that it works and nothing else.",
+        "",
+        "| model | shape | U | N | precision | device | seconds per 1000 | largest difference |",
+        "|---|---|---:|---:|---|---|---:|---:|",
+    ]
+    return lines + [
+        f"| {row['model']} | {row['shape']} | {row['users']} | {row['candidates']} | {row['precision']} | "
+        f"{row['device']} | {_number(row['seconds_per_1000'])} | {row['max_difference']:.1g} |"
+        for row in rows
+    ]
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

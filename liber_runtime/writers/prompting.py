@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -47,6 +47,14 @@ class Budget:
     def prompt_tokens(self) -> int:
         """Most tokens of a prompt."""
         return self.context_tokens - self.response_tokens - _SPECIAL_TOKENS
+
+
+class Template(Protocol):
+    """A message format: what a chat model was trained to answer."""
+
+    def render(self, text: str) -> str:
+        """`text` as the one message of a user, ready to be answered; it is in there as it is."""
+        ...
 
 
 class ChatTemplate:
@@ -130,7 +138,7 @@ class Prompting:
 
     budget: Budget = field(default_factory=Budget)
     count: TokenCount = estimated
-    template: ChatTemplate | None = None
+    template: Template | None = None
     profile: bool = True
 
     def fit(self, prompt: Prompt) -> FittedPrompt:
