@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py $(wildcard lib
 	  "error: $(PYTHON) is Python %d.%d; LIBER runs on 3.10 to 3.12: make PYTHON=python3.11 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  --editable '.[serve,kafka,redis,build,bench,test,lint]'
+	  --editable '.[serve,kafka,redis,llm,local,tallrec,build,bench,test,lint]'
 	@touch $@
 
 demo: setup  ## Run LIBER end to end: DATA=path/to/ml-100k, or the generated sample without it

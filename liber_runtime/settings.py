@@ -109,6 +109,8 @@ class WriterSettings(_FromEnvironment):
         response_price: of a million tokens written.
         currency: of the prices.
         profile: whether users' profiles are told to the LLM.
+        chat: transformers: whether prompts go through the checkpoint's chat template: auto (if there is one), always,
+            never.
         device: transformers: auto, cpu or cuda.
         dtype: transformers: auto, float32, bfloat16 or float16.
         batching: transformers: static or continuous.
@@ -139,6 +141,7 @@ class WriterSettings(_FromEnvironment):
     response_price: float = pydantic.Field(default=0.0, ge=0)
     currency: str = pydantic.Field(default="USD", pattern="^[A-Z]{3}$")
     profile: bool = True
+    chat: Literal["auto", "always", "never"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batching: Literal["static", "continuous"] = "static"

@@ -43,7 +43,7 @@ Run: TypeAlias = Callable[[Sequence[Call]], Sequence[Tokens]]
 
 
 class Batches:
-    """Gathers calls into batches of like length. An instance belongs to one event loop, which it never blocks.
+    """Gathers calls into batches of like length; blocks no event loop, and belongs to one until it is closed.
 
     A batch that does not fit into memory is halved, and no later one is larger.
 
@@ -60,16 +60,14 @@ class Batches:
         self._waiting: list[_Waiting] = []
         self._running: list[_Waiting] = []
         self._worker: asyncio.Task[None] | None = None
-        self._is_closed = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="liber-llm")
 
     async def put(self, tokens: Tokens, response_tokens: int) -> Tokens:
         """What was written; a call that is cancelled leaves its batch at the next token.
 
         Raises:
-            LiberError: its batch failed, or there will be no more.
+            LiberError: its batch failed, or was ended by `close`.
         """
-        self._require_open()
         call = Call(tokens, response_tokens)
         answer: asyncio.Future[Tokens] = asyncio.get_running_loop().create_future()
         self._waiting.append((call, answer))
@@ -82,23 +80,17 @@ class Batches:
 
     async def in_thread(self, function: Callable[[], object]) -> None:
         """Runs something else in the thread, between two batches."""
-        self._require_open()
         await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def close(self) -> None:
-        """Ends all calls and the thread."""
-        self._is_closed = True
+        """Ends all calls; later ones, in any event loop, are taken as before."""
         _fail(self._waiting + self._running, _CLOSED)
         for call, _ in self._running:
             call.abandoned = True
         if self._worker is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._worker
-        self._thread.shutdown(wait=False)
-
-    def _require_open(self) -> None:
-        if self._is_closed:
-            raise LiberError(_CLOSED)
+            self._worker = None
 
     async def _work(self) -> None:
         while True:

@@ -23,7 +23,7 @@ _GLANCE_SECONDS = 1.0
 
 
 class ContinuousBatches:
-    """Puts calls to transformers' `ContinuousBatchingManager`. An instance belongs to one event loop.
+    """Puts calls to transformers' `ContinuousBatchingManager`; belongs to one event loop until it is closed.
 
     Args:
         batch_size: most calls at once.
@@ -98,9 +98,9 @@ class ContinuousBatches:
             manager.output_router.result_handlers.pop(number, None)
 
     async def close(self) -> None:
-        """Ends all calls and frees the cache."""
-        if self._manager is not None:
-            await asyncio.to_thread(self._stop)
+        """Ends all calls and frees the cache; the next call, in any event loop, begins anew."""
+        await asyncio.to_thread(self._stop)
+        self._restarting = asyncio.Lock()
 
     def _read(self, answer: asyncio.Future[Any]) -> Tokens:
         error = answer.result().error if answer.done() else "its thread ended"
@@ -113,6 +113,8 @@ class ContinuousBatches:
         return [int(token) for token in answer.result().generated_tokens]
 
     def _is_open(self) -> bool:
+        if self._manager is None:
+            return False
         return self._manager.is_running() and not self._manager.background_thread_status.can_accept_new_requests()
 
     def _restart(self) -> None:
@@ -120,5 +122,7 @@ class ContinuousBatches:
         self.start(self._model)
 
     def _stop(self) -> None:
-        self._manager.stop(block=True, hard_stop=True)
-        self._manager.destroy()
+        if self._manager is not None:
+            self._manager.stop(block=True, hard_stop=True)
+            self._manager.destroy()
+            self._manager = None

@@ -22,7 +22,7 @@ def open_writer(settings: WriterSettings) -> Writer:
     if settings.writer == "statistical":
         return StatisticalWriter()
     try:
-        model, prompting = _open_model(settings)
+        model, prompting, warms_up = _open_model(settings)
     except ModuleNotFoundError as error:
         extra = "local" if settings.writer == "transformers" else "llm"
         raise ConfigurationError(
@@ -34,8 +34,7 @@ def open_writer(settings: WriterSettings) -> Writer:
         prompting,
         Patience(settings.patience_seconds),
         settings.tokens_per_minute,
-        # In this process nothing of an earlier call is used again.
-        warms_up=settings.writer != "transformers",
+        warms_up=warms_up,
     )
 
 
@@ -46,7 +45,8 @@ def price_of(settings: WriterSettings) -> Price | None:
     return Price(settings.prompt_price, settings.response_price, settings.currency)
 
 
-def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting]:
+def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting, bool]:
+    """The model, how it is prompted, and whether it uses again what an earlier call has computed."""
     if settings.writer == "openai":
         from liber_runtime.writers.openai import OpenAIModel
 
@@ -62,7 +62,7 @@ def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting]:
             seed=settings.seed,
             seconds=settings.timeout_seconds,
         )
-        return model, _prompting(settings)
+        return model, _prompting(settings), True
     if settings.writer == "triton":
         from liber_runtime.writers.triton import TritonModel
 
@@ -79,8 +79,27 @@ def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting]:
             count=prompting.count if settings.tokenizer is not None else None,
             settings=connection if settings.tls else connection.without_tls,
         )
-        return model, prompting
-    raise ConfigurationError(f"no writer is called {settings.writer!r}")
+        return model, prompting, True
+    from liber_runtime.writers.checkpoint import Checkpoint
+    from liber_runtime.writers.transformers import LocalModel
+
+    _require(settings, "model", "the checkpoint's directory, or its name on the Hugging Face Hub")
+    checkpoint = Checkpoint(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    local = LocalModel(
+        checkpoint,
+        batching=settings.batching,
+        batch_size=settings.batch_size,
+        context_tokens=settings.context_tokens,
+        temperature=settings.temperature,
+        seed=settings.seed or 0,
+        chat=settings.chat,
+    )
+    return local, local.prompting(settings.response_tokens, settings.profile), local.reuses_prefixes
 
 
 def _prompting(settings: WriterSettings) -> Prompting:

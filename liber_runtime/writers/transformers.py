@@ -23,7 +23,7 @@ _PROBE = "What does this person like?"
 
 
 class LocalModel:
-    """A `LanguageModel` over a Hugging Face checkpoint. An instance belongs to one event loop, which it never blocks.
+    """A `LanguageModel` over a Hugging Face checkpoint. It blocks no event loop, and belongs to one until it is closed.
 
     The weights are loaded by `check` or by the first call. Static batches hold calls of like length from their first
     token to the last of the longest answer. Continuous batching is transformers' own: a call takes the place of one
@@ -133,15 +133,10 @@ class LocalModel:
             await self._batches.in_thread(self._load)
 
     async def close(self) -> None:
-        """Ends all calls and frees the memory."""
+        """See `LanguageModel.close`; the weights stay where they are, for they took long to load."""
         if self._continuous is not None:
             await self._continuous.close()
         await self._batches.close()
-        self._model = None
-        if self._checkpoint.device.type == "cuda":
-            import torch
-
-            torch.cuda.empty_cache()
 
     def _encode(self, text: str) -> Tokens:
         # A chat template writes the tokens that begin a text itself.
@@ -220,7 +215,7 @@ class _Template:
         except Exception as error:  # Jinja's, or the template's own
             said = (str(error).strip().splitlines() or [""])[0]
             raise ConfigurationError(
-                f"the checkpoint's chat template is not usable: {said:.300}; do without it (chat: never)"
+                f"the checkpoint's chat template is not usable: {said:.300}; do without it (LIBER_WRITER_CHAT=never)"
             ) from None
         return rendered
 
@@ -252,10 +247,12 @@ def find_template(tokenizer: Any, chat: Chat) -> Template | None:
         template = _PromptBuilder(tokenizer)
     if template is None and chat == "always":
         raise ConfigurationError(
-            "the checkpoint's tokenizer has no chat template; give a checkpoint for chat, or bare text (chat: never)"
+            "the checkpoint's tokenizer has no chat template; give a checkpoint for chat, or bare text (LIBER_WRITER_CHAT=never)"
         )
     if template is not None and _PROBE not in template.render(_PROBE):
-        raise ConfigurationError("the checkpoint's chat template does not show the user's message; set chat: never")
+        raise ConfigurationError(
+            "the checkpoint's chat template does not show the user's message; set LIBER_WRITER_CHAT=never"
+        )
     return template
 
 

@@ -230,7 +230,9 @@ async def test_continuous_batching_begins_anew_after_a_failure(
 @pytest.mark.parametrize(
     ("batching", "said"), [("static", "closed while calls waited"), ("continuous", "finished before this request")]
 )
-async def test_a_closed_model_answers_nobody(checkpoint: Checkpoint, batching: Batching, said: str) -> None:
+async def test_closing_ends_the_calls_and_later_ones_are_answered(
+    checkpoint: Checkpoint, batching: Batching, said: str
+) -> None:
     model = LocalModel(checkpoint, batching=batching, batch_size=1)
     await model.check()
     passes = count_passes(model)
@@ -243,8 +245,24 @@ async def test_a_closed_model_answers_nobody(checkpoint: Checkpoint, batching: B
         with pytest.raises(LiberError, match=said):
             await task
     assert len(passes) < 3000
-    with pytest.raises(LiberError, match="was closed"):
-        await model.generate(TEXTS[0], 8)
+    assert (await model.generate(TEXTS[0], 8)).response_tokens == 8
+    await model.close()
+
+
+@pytest.mark.parametrize("batching", ["static", "continuous"])
+def test_one_event_loop_after_the_other_is_served_by_the_same_weights(
+    checkpoint: Checkpoint, batching: Batching
+) -> None:
+    """As a build does: its texts are written in one loop, those of items in another."""
+    model = LocalModel(checkpoint, batching=batching)
+
+    async def ask_all() -> list[str]:
+        try:
+            return [made.text for made in await asyncio.gather(*(model.generate(text, 6) for text in TEXTS))]
+        finally:
+            await model.close()
+
+    assert asyncio.run(ask_all()) == asyncio.run(ask_all())
 
 
 @pytest.mark.parametrize(

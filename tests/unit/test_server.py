@@ -261,8 +261,8 @@ class TestReasons:
 
     def test_a_repository_of_another_version_is_told(self) -> None:
         log = (
-            "E0101 model_lifecycle.cc:642] \"failed to load 'user_memory' version 1: Internal: ImportError: cannot import "
-            "name 'Counter' from 'liber_runtime.served.backend' (/x/backend.py)\""
+            "E0101 model_lifecycle.cc:642] \"failed to load 'user_memory' version 1: Internal: ImportError: "
+            "cannot import name 'Counter' from 'liber_runtime.served.backend' (/x/backend.py)\""
         )
         assert str(explain_failure(log)).endswith(
             "another version of LIBER published this repository: publish the bundle again"
