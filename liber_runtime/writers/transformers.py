@@ -23,11 +23,12 @@ _PROBE = "What does this person like?"
 
 
 class LocalModel:
-    """A `LanguageModel` over a Hugging Face checkpoint. An instance belongs to one event loop, which it never blocks.
+    """A `LanguageModel` over a Hugging Face checkpoint. It never blocks the event loop.
 
-    The weights are loaded by `check` or by the first call. Static batches hold calls of like length from their first
-    token to the last of the longest answer. Continuous batching is transformers' own: a call takes the place of one
-    that has ended, and prompts share what they begin with; on CUDA it needs flash-attn to be the faster of the two.
+    The weights are loaded by `check` or by the first call, and stay for as long as the object. Static batches hold
+    calls of like length from their first token to the last of the longest answer. Continuous batching is transformers'
+    own: a call takes the place of one that has ended, and prompts share what they begin with; on CUDA it needs
+    flash-attn to be the faster of the two.
 
     Args:
         checkpoint: what is loaded.
@@ -79,11 +80,11 @@ class LocalModel:
         self.template = find_template(self._tokenizer, chat)
         self._stop = [find_token(self._tokenizer, text) for text in stop]
         self._ends: set[int] = set()
+        self._batch_size = batch_size
+        self._is_continuous = batching == "continuous"
         self._model: Any = None
-        self._batches = Batches(self._run, batch_size)
+        self._batches: Batches | None = None
         self._continuous: ContinuousBatches | None = None
-        if batching == "continuous":
-            self._continuous = ContinuousBatches(batch_size, context_tokens, seed)
 
     @property
     def name(self) -> str:
@@ -93,7 +94,7 @@ class LocalModel:
     @property
     def reuses_prefixes(self) -> bool:
         """Whether a warm-up call of a prompt's fixed text makes later calls faster."""
-        return self._continuous is not None
+        return self._is_continuous
 
     def count(self, text: str) -> int:
         """Tokens of a text that `template` has rendered, or of bare text: exactly those that are read."""
@@ -116,9 +117,8 @@ class LocalModel:
                 f"a prompt of {len(tokens)} tokens and an answer of {response_tokens} are more than the context of "
                 f"{self._context_tokens}; raise LIBER_WRITER_CONTEXT_TOKENS"
             )
-        await self.check()
-        batches = self._continuous or self._batches
-        written = await batches.put(tokens, response_tokens)
+        batches = await self._open()
+        written = await (self._continuous or batches).put(tokens, response_tokens)
         has_end = bool(written) and written[-1] in self._ends
         said = self._tokenizer.decode(written[:-1] if has_end else written, skip_special_tokens=True)
         return Generation(said, not has_end and len(written) >= response_tokens, len(tokens), len(written))
@@ -129,27 +129,41 @@ class LocalModel:
         Raises:
             ConfigurationError: they cannot be loaded.
         """
-        if self._model is None:
-            await self._batches.in_thread(self._load)
+        await self._open()
 
     async def close(self) -> None:
-        """Ends all calls and frees the memory."""
-        if self._continuous is not None:
-            await self._continuous.close()
-        await self._batches.close()
-        self._model = None
-        if self._checkpoint.device.type == "cuda":
-            import torch
+        """See `LanguageModel.close`; ends all calls, and gives back the cache but not the weights."""
+        batches, continuous = self._batches, self._continuous
+        self._batches = self._continuous = None
+        if continuous is not None:
+            await continuous.close()
+        if batches is not None:
+            self._batch_size = batches.batch_size
+            await batches.close()
 
-            torch.cuda.empty_cache()
+    async def _open(self) -> Batches:
+        """With the weights loaded, and continuous batching begun if it is that."""
+        if self._batches is None:
+            self._batches = Batches(self._run, self._batch_size)
+        batches = self._batches
+        if self._model is None or (self._is_continuous and self._continuous is None):
+            await batches.in_thread(self._load)
+        return batches
 
     def _encode(self, text: str) -> Tokens:
         # A chat template writes the tokens that begin a text itself.
         return encode(self._tokenizer, text, special=not isinstance(self.template, _Template))
 
     def _load(self) -> None:
-        if self._model is not None:
-            return
+        """In the thread, so that of several first calls one does it."""
+        if self._model is None:
+            self._model = self._load_model()
+        if self._is_continuous and self._continuous is None:
+            continuous = ContinuousBatches(self._batch_size, self._context_tokens, self._seed)
+            continuous.start(self._model)
+            self._continuous = continuous
+
+    def _load_model(self) -> Any:
         import torch
 
         torch.set_num_threads(min(torch.get_num_threads(), available_processors()))
@@ -163,9 +177,7 @@ class LocalModel:
             eos_token_id=sorted(self._ends) or None, pad_token_id=padding, use_cache=True, **self._sampling
         )
         torch.manual_seed(self._seed)
-        if self._continuous is not None:
-            self._continuous.start(model)
-        self._model = model
+        return model
 
     def _run(self, calls: Sequence[Call]) -> list[Tokens]:
         """Continues a batch, in the thread."""

@@ -230,7 +230,7 @@ async def test_continuous_batching_begins_anew_after_a_failure(
 @pytest.mark.parametrize(
     ("batching", "said"), [("static", "closed while calls waited"), ("continuous", "finished before this request")]
 )
-async def test_a_closed_model_answers_nobody(checkpoint: Checkpoint, batching: Batching, said: str) -> None:
+async def test_a_model_that_closes_ends_its_calls(checkpoint: Checkpoint, batching: Batching, said: str) -> None:
     model = LocalModel(checkpoint, batching=batching, batch_size=1)
     await model.check()
     passes = count_passes(model)
@@ -243,8 +243,19 @@ async def test_a_closed_model_answers_nobody(checkpoint: Checkpoint, batching: B
         with pytest.raises(LiberError, match=said):
             await task
     assert len(passes) < 3000
-    with pytest.raises(LiberError, match="was closed"):
-        await model.generate(TEXTS[0], 8)
+
+
+@pytest.mark.parametrize("batching", ["static", "continuous"])
+def test_a_closed_model_is_opened_by_the_next_call_in_any_loop(checkpoint: Checkpoint, batching: Batching) -> None:
+    model = LocalModel(checkpoint, batching=batching)
+
+    async def once() -> tuple[list[Generation], Any]:
+        answers = await ask(model)
+        await model.close()
+        return answers, model._model
+
+    first, weights = asyncio.run(once())
+    assert asyncio.run(once()) == (first, weights)
 
 
 @pytest.mark.parametrize(
