@@ -247,7 +247,7 @@ def find_template(tokenizer: Any, chat: Chat) -> Template | None:
         template = _PromptBuilder(tokenizer)
     if template is None and chat == "always":
         raise ConfigurationError(
-            "the checkpoint's tokenizer has no chat template; give a checkpoint for chat, or set LIBER_WRITER_CHAT=never"
+            "the checkpoint's tokenizer has no chat template; give one for chat, or set LIBER_WRITER_CHAT=never"
         )
     if template is not None and _PROBE not in template.render(_PROBE):
         raise ConfigurationError(
