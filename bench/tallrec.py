@@ -42,7 +42,7 @@ from builders.tallrec import (
 from liber_runtime.exceptions import ConfigurationError, LiberError
 from liber_runtime.partition import Count
 from liber_runtime.progress import console
-from liber_runtime.writers.checkpoint import Checkpoint, find_device, free_memory, import_transformers
+from liber_runtime.writers.transformers.checkpoint import Checkpoint, find_device, free_memory, import_transformers
 
 ENGINE = "tallrec"
 

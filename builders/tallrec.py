@@ -26,7 +26,7 @@ from builders.replay import Samples
 from liber_runtime.behavior import Domain
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.interest import MAX_TITLE_CHARACTERS, quoted
-from liber_runtime.writers.checkpoint import encode
+from liber_runtime.writers.transformers.checkpoint import encode
 
 HISTORY = 10
 """Newest behaviors that a prompt tells, as in the original."""

@@ -80,8 +80,8 @@ def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting, boo
             settings=connection if settings.tls else connection.without_tls,
         )
         return model, prompting, True
-    from liber_runtime.writers.checkpoint import Checkpoint
     from liber_runtime.writers.transformers import LocalModel
+    from liber_runtime.writers.transformers.checkpoint import Checkpoint
 
     _require(settings, "model", "the checkpoint's directory, or its name on the Hugging Face Hub")
     checkpoint = Checkpoint(

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from liber_runtime.exceptions import ConfigurationError, PromptRefusedError
 from liber_runtime.processors import available_processors
-from liber_runtime.writers.batching import Batches, BatchTooLargeError, Call, Tokens
-from liber_runtime.writers.checkpoint import Checkpoint, encode, import_transformers
-from liber_runtime.writers.continuous import TOKENS_AT_ONCE, ContinuousBatches
 from liber_runtime.writers.llm import Generation
 from liber_runtime.writers.prompting import Budget, Prompting, Template
+from liber_runtime.writers.transformers.batching import Batches, BatchTooLargeError, Call, Tokens
+from liber_runtime.writers.transformers.checkpoint import Checkpoint, encode, import_transformers
+from liber_runtime.writers.transformers.continuous import TOKENS_AT_ONCE, ContinuousBatches
 
 Batching = Literal["static", "continuous"]
 Chat = Literal["auto", "always", "never"]

@@ -9,8 +9,8 @@ import threading
 from typing import Any
 
 from liber_runtime.exceptions import LiberError
-from liber_runtime.writers.batching import Tokens
-from liber_runtime.writers.checkpoint import import_transformers
+from liber_runtime.writers.transformers.batching import Tokens
+from liber_runtime.writers.transformers.checkpoint import import_transformers
 
 TOKENS_AT_ONCE = 1024
 """Most tokens of one forward pass. Without flash-attn each of them has a mask over the whole cache."""
