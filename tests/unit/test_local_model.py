@@ -20,9 +20,9 @@ from liber_runtime.interest import SummaryPrompt
 from liber_runtime.memory.sqlite import SQLiteStore
 from liber_runtime.partition import Count
 from liber_runtime.worker import Worker
-from liber_runtime.writers import checkpoint as checkpoints
 from liber_runtime.writers.llm import Generation, LLMWriter
 from liber_runtime.writers.transformers import Batching, LocalModel
+from liber_runtime.writers.transformers import checkpoint as checkpoints
 from liber_runtime.writers.transformers.batching import Batches, BatchTooLargeError, Call, choose
 from liber_runtime.writers.transformers.checkpoint import Checkpoint, Memory, free_memory
 
