@@ -203,7 +203,8 @@ class BareSQLite:
             streamed = stream(CONDITION, cache, fresh, lambda: ())
             for at, cut in enumerate(streamed.partitions, number + 1):
                 rows.partitions.append((user, at, *pack(cut)))
-                rows.steps.append((user, at, time.time()))
+                now = time.time()
+                rows.steps.append((user, at, now, now))
             number += len(streamed.partitions)
             held = behaviors_before + len(fresh)
             digests = sorted(event_digest(behavior.event_id) for behavior in fresh)
@@ -220,7 +221,9 @@ class BareSQLite:
             db.execute("BEGIN IMMEDIATE")
             db.executemany("INSERT INTO events VALUES (?, ?)", rows.events)
             db.executemany("INSERT INTO partitions VALUES (?, ?, ?, ?, ?, ?)", rows.partitions)
-            db.executemany("INSERT INTO steps (user, number, step, due) VALUES (?, ?, 'summary', ?)", rows.steps)
+            db.executemany(
+                "INSERT INTO steps (user, number, step, due, since) VALUES (?, ?, 'summary', ?, ?)", rows.steps
+            )
             db.executemany(
                 "UPDATE users SET behaviors = ?, partitions = ?, item_ids = ?, feedback = ?, timestamps = ?,"
                 " event_ids = ? WHERE user = ?",

@@ -160,7 +160,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, exported_en
     dataset = write_data(directory / "data")
     share_encoder(exported_encoder, directory / "build" / "knowledge")
     built = done(*BUILD, "--encoder", tiny_bert, directory=directory)
-    ports = find_ports("127.0.0.1", {"supervisor": 0})
+    ports = find_ports({"supervisor": "127.0.0.1"}, {"supervisor": 0})
     place = ("--repository", "models", "--store", "sqlite:///memory.db")
     with serving(directory, *place, "--supervisor-metrics-port", ports["supervisor"]) as (_, ready):
         yield World(directory, dataset, built, ready, f"127.0.0.1:{ports['supervisor']}")
@@ -505,6 +505,7 @@ class TestHelp:
         commands = typer.main.get_command(application).commands  # type: ignore[attr-defined]
         assert set(commands) == {
             *("demo", "ingest", "worker", "serve", "score", "inspect", "export", "forget", "rewrite", "build", "data"),
+            "cost",
         }
         for name, each in commands.items():
             assert each.help, name

@@ -155,7 +155,7 @@ def test_a_consumer_killed_between_append_and_commit_loses_and_repeats_nothing(
     kept = store.statistics().behaviors
     assert kept > 0
     cluster.send("killed", more := messages(100, start=300))
-    port = find_ports("127.0.0.1", {"metrics": 0})["metrics"]
+    port = find_ports({"metrics": "127.0.0.1"}, {"metrics": 0})["metrics"]
     with killed_at_last(consumer(cluster, "killed", url, tmp_path, metrics_port=port)) as living:
         finished = until(lambda: store.statistics().behaviors >= 400)
         while not finished():
