@@ -313,7 +313,7 @@ class TestServe:
         assert (tmp_path / "triton.log").stat().st_size
 
     def test_a_worker_that_waits_for_work_is_ended_by_sigterm(self, world: World) -> None:
-        port = find_ports("127.0.0.2", {"metrics": 0})["metrics"]
+        port = find_ports({"metrics": "127.0.0.2"}, {"metrics": 0})["metrics"]
         place = ("--store", world.store, "--triton", world.triton)
         arguments = command("worker", *place, "--metrics-port", port, "--metrics-host", "127.0.0.2")
         with subprocess.Popen(
