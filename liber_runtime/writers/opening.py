@@ -8,7 +8,7 @@ from liber_runtime.settings import WriterSettings, load_settings
 from liber_runtime.writers import Writer
 from liber_runtime.writers.llm import LanguageModel, LLMWriter, Patience
 from liber_runtime.writers.pricing import Price
-from liber_runtime.writers.prompting import Budget, ChatTemplate, Prompting
+from liber_runtime.writers.prompting import CHAT_TOKENS, SPECIAL_TOKENS, Budget, ChatTemplate, Prompting
 from liber_runtime.writers.statistical import StatisticalWriter
 from liber_runtime.writers.tokens import counted_by, estimated
 
@@ -62,7 +62,7 @@ def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting, boo
             seed=settings.seed,
             seconds=settings.timeout_seconds,
         )
-        return model, _prompting(settings), True
+        return model, _prompting(settings, CHAT_TOKENS if settings.api == "chat" else SPECIAL_TOKENS), True
     if settings.writer == "triton":
         from liber_runtime.writers.triton import TritonModel
 
@@ -102,9 +102,9 @@ def _open_model(settings: WriterSettings) -> tuple[LanguageModel, Prompting, boo
     return local, local.prompting(settings.response_tokens, settings.profile), local.reuses_prefixes
 
 
-def _prompting(settings: WriterSettings) -> Prompting:
+def _prompting(settings: WriterSettings, reserved_tokens: int = SPECIAL_TOKENS) -> Prompting:
     return Prompting(
-        Budget(settings.context_tokens, settings.response_tokens),
+        Budget(settings.context_tokens, settings.response_tokens, reserved_tokens),
         counted_by(settings.tokenizer) if settings.tokenizer is not None else estimated,
         ChatTemplate.read(settings.chat_template) if settings.chat_template is not None else None,
         settings.profile,

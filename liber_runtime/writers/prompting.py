@@ -17,8 +17,11 @@ from liber_runtime.writers.tokens import TokenCount, estimated
 FEWEST_NOTE_CHARACTERS = 200
 """A summary in a shift's prompt is cut down to no less."""
 
-_SPECIAL_TOKENS = 8
-"""Room for what a server puts around a prompt by itself: the beginning of the text, at least."""
+SPECIAL_TOKENS = 8
+"""Room for what a server puts around bare text by itself: the beginning of a text, at least."""
+
+CHAT_TOKENS = 64
+"""Room for the chat template that a server puts around a prompt by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class Budget:
     Attributes:
         context_tokens: most tokens of prompt and answer together, as the LLM or its server was built.
         response_tokens: most tokens of an answer; what is left is the prompt's.
+        reserved_tokens: for what a server puts around a prompt: `SPECIAL_TOKENS` or `CHAT_TOKENS`.
 
     Raises:
         ConfigurationError: no prompt would fit.
@@ -35,6 +39,7 @@ class Budget:
 
     context_tokens: int = 4096
     response_tokens: int = 512
+    reserved_tokens: int = SPECIAL_TOKENS
 
     def __post_init__(self) -> None:
         if self.response_tokens < 1 or self.prompt_tokens < 256:
@@ -46,7 +51,7 @@ class Budget:
     @property
     def prompt_tokens(self) -> int:
         """Most tokens of a prompt."""
-        return self.context_tokens - self.response_tokens - _SPECIAL_TOKENS
+        return self.context_tokens - self.response_tokens - self.reserved_tokens
 
 
 class Template(Protocol):
