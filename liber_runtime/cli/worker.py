@@ -80,6 +80,7 @@ def worker(
 
     chosen = load_writer_settings(writer=writer, url=writer_url, model=writer_model)
     author = open_writer(chosen)
+    asyncio.run(_check(author))
     metrics = Metrics()
     if metrics_port:
         metrics.serve(metrics_port, metrics_host)
@@ -97,7 +98,7 @@ def worker(
             call_seconds=call_seconds,
             stop_seconds=stop_seconds,
         )
-        report, signalled = asyncio.run(_work(hands, author, encoder, drain))
+        report, signalled = asyncio.run(_work(hands, encoder, drain))
     output.print_json(json.dumps(dataclasses.asdict(report)))
     if report.dead:
         raise LiberError(
@@ -123,7 +124,6 @@ async def _work(hands: Worker, writer: Writer, encoder: TritonEncoder | None, dr
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop_by, number)
-    await _check(writer)
     if not drain:
         console.print("waiting for work; SIGTERM or Ctrl-C ends it")
     try:
@@ -141,6 +141,8 @@ async def _check(writer: Writer) -> None:
             await writer.check()
         except WriterAwayError as error:
             console.print(f"{visible(str(error))}; the work waits for it", soft_wrap=True)
+        finally:
+            await writer.close()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from liber_runtime.cli import main
+from liber_runtime.cli.application import output
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
 from liber_runtime.writers.costing import (
     STATISTICAL_SECONDS,
@@ -197,7 +198,7 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_the_command_hides_no_price(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(output, "width", 200)
     status, printed, _ = run(capsys, monkeypatch, "--behaviors", "1e9")
     assert status == 0
     for option in ("--cpu-price", "--prompt-price and --response-price", "--tokens-per-second"):

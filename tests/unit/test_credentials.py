@@ -124,7 +124,7 @@ class TestACertificateAndItsKey:
             read(*pair)
 
     def test_an_authority_may_be_older_than_what_it_issues(self, authority: trustme.CA, tmp_path: Path) -> None:
-        soon = NOW + datetime.timedelta(minutes=5)
+        soon = NOW + datetime.timedelta(hours=12)
         certificate, key = issue(authority, tmp_path, not_before=NOW - datetime.timedelta(days=1), not_after=soon)
         with certificate.open("ab") as file:
             file.write(authority.cert_pem.bytes())

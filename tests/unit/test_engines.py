@@ -56,7 +56,7 @@ PATIENCE_SECONDS = 120.0
 
 @pytest.fixture(scope="module")
 def llama(made_once: MadeOnce) -> Path:
-    return made_once("tiny-llama", make_tiny_llama)
+    return made_once("engine-llama", make_tiny_llama)
 
 
 @pytest.fixture(scope="module")

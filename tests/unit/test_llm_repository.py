@@ -222,7 +222,7 @@ def test_an_llm_api_with_other_tensors_is_refused(
 
 
 def test_the_llm_api_takes_weights_as_they_are(made_once: MadeOnce, tmp_path: Path) -> None:
-    llama = made_once("tiny-llama", make_tiny_llama)
+    llama = made_once("engine-llama", make_tiny_llama)
     plain = open_llm_checkpoint(llama)
     check_llmapi(plain, EngineSettings("fp16"))
     with pytest.raises(InvalidInputError, match=r"are not quantized, .* not as fp8; give a checkpoint that ModelOpt"):
@@ -254,7 +254,7 @@ def test_one_command_builds_an_engine_and_its_repository(
     made_once: MadeOnce, machine: Machine, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LIBER_TENSORRT_LLM_MODELS", str(image))
-    llama = made_once("tiny-llama", make_tiny_llama)
+    llama = made_once("engine-llama", make_tiny_llama)
     arguments = ("--model", llama, "--tp", 2, "--output", tmp_path / "out", "--repository", tmp_path / "models")
     invoke(*arguments)
     told = parameters(read(tmp_path / "models")["tensorrt_llm"])
@@ -271,7 +271,7 @@ def test_one_command_builds_an_engine_and_its_repository(
 def test_a_repository_that_cannot_be_written_is_told_before_anything_is_built(
     made_once: MadeOnce, machine: Machine, tmp_path: Path
 ) -> None:
-    llama = made_once("tiny-llama", make_tiny_llama)
+    llama = made_once("engine-llama", make_tiny_llama)
     with pytest.raises(ConfigurationError, match="is not there; it belongs to NVIDIA's image"):
         invoke(
             *("--model", llama, "--output", tmp_path / "out"),
@@ -285,7 +285,7 @@ def test_the_llm_api_needs_no_engine(
 ) -> None:
     """With a version that has no engines any more. Too little memory is told all the same."""
     machine = use(make_machine(tmp_path / "machine", version="1.3.0"), monkeypatch)
-    llama = made_once("tiny-llama", make_tiny_llama)
+    llama = made_once("engine-llama", make_tiny_llama)
     arguments = ("--model", llama, "--layout", "llmapi", "--repository", tmp_path / "models", "--image-models", image)
     assert "tensorrt_llm/config.pbtxt" in invoke(*arguments, "--dry-run")
     assert not (tmp_path / "models").exists()
