@@ -109,7 +109,7 @@ def worker(
         sys.exit(128 + signalled)  # what was to be drained is not
 
 
-async def _work(hands: Worker, writer: Writer, encoder: TritonEncoder | None, drain: bool) -> tuple[WorkerReport, int]:
+async def _work(hands: Worker, encoder: TritonEncoder | None, drain: bool) -> tuple[WorkerReport, int]:
     """Runs or drains a worker; says also which signal stopped it, 0 for none."""
     stop, signalled = asyncio.Event(), 0
 
