@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.metrics import log_loss, roc_auc_score
 
 from bench.engines import Engine, Probabilities, ServedGraph, Tensors
 from bench.environment import describe_machine, describe_versions, run_command, scratch, show_figures
@@ -25,7 +26,6 @@ from bench.quality_table import BASE
 from bench.race import Limits, race
 from builders.assembly import FittedFeatures, make_ranker
 from builders.datasets import Dataset, load
-from builders.evaluation import area_under_curve, log_loss
 from builders.export import export_backbone
 from builders.hyperparameters import load_hyperparameters
 from builders.models.backbone import Ranker
@@ -185,8 +185,7 @@ def resample(
     for _ in range(RESAMPLES):
         rows = draw.integers(len(label), size=len(label))
         if 0 < label[rows].sum() < len(rows):
-            before, after = (area_under_curve(label[rows], each[rows]) for each in (reference, other))
-            differences.append(after - before)
+            differences.append(roc_auc_score(label[rows], other[rows]) - roc_auc_score(label[rows], reference[rows]))
     low, high = np.percentile(differences, (2.5, 97.5))
     return float(low), float(high)
 
@@ -242,7 +241,7 @@ def compare_times(milliseconds: Mapping[str, Mapping[str, Mapping[str, float]]])
 
 def _figures(label: npt.NDArray[np.float32], found: Probabilities) -> tuple[float, float]:
     probability = found.astype(np.float64)
-    return area_under_curve(label, probability), log_loss(label, probability)
+    return float(roc_auc_score(label, probability)), float(log_loss(label, probability, labels=[0, 1]))
 
 
 def main() -> int:

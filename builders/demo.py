@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import log_loss, roc_auc_score
 
 from bench.environment import describe_machine, describe_versions
 from bench.inference_latency import measure
@@ -46,7 +47,6 @@ from builders.build import (
 )
 from builders.datasets import Dataset, load
 from builders.embedding import keep_embedders
-from builders.evaluation import area_under_curve, log_loss
 from builders.models.backbone import Ranker
 from builders.models.fuser import AttentionFuser
 from builders.replay import Samples, Split, calls_per_user, replay, split
@@ -181,7 +181,7 @@ def _run(
         "serving": {
             "samples": len(served),
             "max_abs_diff_vs_offline": float(np.abs(served - offline).max()),
-            "auc": area_under_curve(test.label, served),
+            "auc": float(roc_auc_score(test.label, served)),
             "seconds_per_1000": latency,
         },
         "writer": ", ".join(manifest.writers),
@@ -348,8 +348,8 @@ def _quality(
 ) -> dict[str, Any]:
     values = probability.astype(np.float64)
     return {
-        "auc": area_under_curve(test.label, values),
-        "logloss": log_loss(test.label, values),
+        "auc": float(roc_auc_score(test.label, values)),
+        "logloss": float(log_loss(test.label, values, labels=[0, 1])),
         "validation_auc": result.auc,
         "validation_logloss": result.logloss,
         "best_epoch": result.best_epoch,

@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
 from builders.checkpoint import read_checkpoint, training_key, write_checkpoint
-from builders.evaluation import area_under_curve, log_loss
 from builders.models.backbone import Ranker
 from builders.training_data import BatchMaker, Index, TrainingData, check, gather_partitions
 from liber_runtime.exceptions import ConfigurationError, InvalidInputError
@@ -359,7 +359,7 @@ def _compare(probability: npt.NDArray[np.float32], label: npt.NDArray[np.float32
     probability = probability.astype(np.float64)
     if not np.isfinite(probability).all():
         raise InvalidInputError("the model's predictions are not finite: its weights diverged; lower learning_rate")
-    return area_under_curve(label, probability), log_loss(label, probability)
+    return float(roc_auc_score(label, probability)), float(log_loss(label, probability, labels=[0, 1]))
 
 
 def _find_device(name: str) -> torch.device:

@@ -13,7 +13,7 @@ from bench.llm_cost.prompts import Prompts
 from builders.variants import Plan
 from liber_runtime.exceptions import LiberError, UnusableAnswerError
 from liber_runtime.interest import PartitionPrompt
-from liber_runtime.writers import Completion, Writer
+from liber_runtime.writers import Completion, Writer, close
 from liber_runtime.writers.llm import LLMWriter
 from liber_runtime.writers.tokens import TokenCount
 
@@ -68,25 +68,16 @@ def ask_variant(
     rows = np.arange(len(plan.user), dtype=np.int64)
     if len(rows) > most:
         rows = np.union1d(drawn - 1, drawn) if len(drawn) else prompts.draw(rows, most)
-    return asyncio.run(_ask_opened(prompts, plan, rows.tolist(), drawn.tolist(), writer, count, in_flight))
 
+    async def ask_opened() -> dict[str, Answers]:
+        try:
+            if isinstance(writer, LLMWriter):
+                await writer.check()
+            return await _ask(prompts, plan, rows.tolist(), drawn.tolist(), writer, count, in_flight)
+        finally:
+            await close(writer)
 
-async def _ask_opened(
-    prompts: Prompts,
-    plan: Plan,
-    rows: Sequence[int],
-    shifted: Sequence[int],
-    writer: Writer,
-    count: TokenCount,
-    in_flight: int,
-) -> dict[str, Answers]:
-    if not isinstance(writer, LLMWriter):
-        return await _ask(prompts, plan, rows, shifted, writer, count, in_flight)
-    try:
-        await writer.check()
-        return await _ask(prompts, plan, rows, shifted, writer, count, in_flight)
-    finally:
-        await writer.close()
+    return asyncio.run(ask_opened())
 
 
 async def _ask(

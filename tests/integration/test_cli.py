@@ -26,7 +26,7 @@ from builders.datasets import Dataset, sample
 from liber_runtime.cli import application
 from liber_runtime.server.process import find_ports
 
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 120
 
 PLACES = ("--data", "data", "--store", "sqlite:///memory.db", "--output", "build", "--repository", "models")
 BUILD = ("build", *PLACES, "--dimension", 8, "--history", 10)

@@ -111,8 +111,7 @@ def require_seamless_switch(own: Running, questions: Questions, second: Built) -
 
     def ask(into: list[Matrix]) -> None:
         with ScoringClient(own.url, own_connection=True) as client:
-            # With a pause, for else they would take the processors that the new models need to start.
-            while not stop.wait(0.01):
+            while not stop.is_set():
                 try:
                     into.append(questions.ask(client))
                 except Exception as error:
